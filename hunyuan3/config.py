@@ -7,12 +7,12 @@ configuration class, so a missing key means what it means there.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import CheckpointError, UnsupportedConfig
+from .errors import CheckpointError, UnsupportedConfigError
 
 Variant = Literal["base", "instruct", "distil"]
 VARIANTS: tuple[Variant, ...] = ("base", "instruct", "distil")
@@ -89,7 +89,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Reads `folder/config.json`. Raises CheckpointError or UnsupportedConfig."""
+        """Reads `folder/config.json`. Raises CheckpointError or UnsupportedConfigError."""
         path = folder / "config.json"
         return cls.from_json(read_json(path), path)
 
@@ -118,7 +118,7 @@ class ModelConfig:
             moe=MoEConfig(
                 num_experts=read.integer("num_experts"),
                 top_k=read.per_layer("moe_topk", layers),
-                intermediate_size=read.per_layer("moe_intermediate_size", layers, read.value("intermediate_size", None)),
+                intermediate_size=read.per_layer("moe_intermediate_size", layers, data.get("intermediate_size")),
                 num_shared_experts=read.per_layer("num_shared_expert", layers),
                 drop_tokens=bool(read.value("moe_drop_tokens", False)),
                 capacity_factor=float(read.value("capacity_factor", None) or 1.0),
@@ -167,7 +167,7 @@ class GenerationConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "GenerationConfig":
-        """Reads `folder/generation_config.json`. Raises CheckpointError or UnsupportedConfig."""
+        """Reads `folder/generation_config.json`. Raises CheckpointError or UnsupportedConfigError."""
         path = folder / "generation_config.json"
         return cls.from_json(read_json(path), path)
 
@@ -196,7 +196,7 @@ class GenerationConfig:
         )
 
 
-def detect_variant(config: ModelConfig, generation: GenerationConfig, tensor_names: frozenset[str] | set[str]) -> Variant:
+def detect_variant(config: ModelConfig, generation: GenerationConfig, tensor_names: Collection[str]) -> Variant:
     """Which of the three checkpoints a folder is.
 
     base and Instruct share every tensor name and `model_version` may be absent, so the sequence template decides.
@@ -207,7 +207,7 @@ def detect_variant(config: ModelConfig, generation: GenerationConfig, tensor_nam
 
 
 def vae_config(data: Mapping[str, Any], source: str) -> VAEConfig:
-    """The `vae` section of `config.json`. Raises UnsupportedConfig."""
+    """The `vae` section of `config.json`. Raises UnsupportedConfigError."""
     read = _Reader(data, source)
     read.require_supported({"downsample_match_channel": (True,), "upsample_match_channel": (True,)})
     shift = read.value("shift_factor", None)
@@ -335,4 +335,4 @@ class _Reader:
             self.refuse("rope_scaling.type", scaling["type"], "'custom'")
 
     def refuse(self, key: str, value: Any, supported: str) -> None:
-        raise UnsupportedConfig(f"{self.source}: '{key}' is {value!r}; this package supports {supported}.")
+        raise UnsupportedConfigError(f"{self.source}: '{key}' is {value!r}; this package supports {supported}.")

@@ -5,7 +5,7 @@ class Hunyuan3Error(ValueError):
     """Base of every error this package raises for bad input."""
 
 
-class UnsupportedConfig(Hunyuan3Error):
+class UnsupportedConfigError(Hunyuan3Error):
     """A known key of a checkpoint's configuration holds a value that this package does not implement."""
 
 

@@ -1,0 +1,107 @@
+"""Published tensor names <-> our parameter names: one table per part, readable in both directions.
+
+Our modules carry the published names except where a readable one serves the reader of the forward pass, and except
+for the routed experts: the published folder holds one matrix per expert, a layer of ours holds one bank per layer.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from ..config import VisionConfig
+
+ROUTER_SUFFIX = "mlp.router.weight"
+
+
+class Slot(NamedTuple):
+    """Where one published tensor goes: a parameter, or row `expert` of a stacked one; with the shape it must have."""
+
+    parameter: str
+    expert: int | None
+    shape: tuple[int, ...]
+
+
+# (published fragment, our fragment), applied in order from left to right, undone from right to left.
+_TRANSFORMER_FRAGMENTS = (
+    (".mlp.gate.wg.", ".mlp.router."),
+    ("patch_embed.model.0.", "patch_embed.conv_in."),
+    ("patch_embed.model.1.", "patch_embed.block."),
+    ("final_layer.model.0.", "final_layer.block."),
+    ("final_layer.model.1.0.", "final_layer.norm_out."),
+    ("final_layer.model.1.2.", "final_layer.conv_out."),
+    (".in_layers.0.", ".norm1."),
+    (".in_layers.2.", ".conv1."),
+    (".emb_layers.1.", ".modulation."),
+    (".out_layers.0.", ".norm2."),
+    (".out_layers.3.", ".conv2."),
+    (".skip_connection.", ".skip."),
+    ("time_embed.mlp.0.", "time_embed.fc1."),
+    ("time_embed.mlp.2.", "time_embed.fc2."),
+    ("time_embed_2.mlp.0.", "time_embed_2.fc1."),
+    ("time_embed_2.mlp.2.", "time_embed_2.fc2."),
+    ("_emb.mlp.0.", "_emb.fc1."),
+    ("_emb.mlp.2.", "_emb.fc2."),
+)
+_UNDER_MODEL = ("wte.", "layers.", "ln_f.")
+_EXPERT_BANKS = {"gate_up": "gate_and_up_proj", "down": "down_proj"}
+_BANK_NAME = re.compile(r"(layers\.\d+\.mlp\.experts)\.(gate_up|down)")
+
+
+def transformer_slots(parameters: Mapping[str, torch.Tensor]) -> dict[str, Slot]:
+    """Published name -> slot, for every parameter of a (meta) `Hunyuan3Transformer`."""
+    slots: dict[str, Slot] = {}
+    for parameter, tensor in parameters.items():
+        bank = _BANK_NAME.fullmatch(parameter)
+        if bank is None:
+            slots[_published_name(parameter)] = Slot(parameter, None, tuple(tensor.shape))
+            continue
+        for expert in range(tensor.shape[0]):
+            name = f"model.{bank[1]}.{expert}.{_EXPERT_BANKS[bank[2]]}.weight"
+            slots[name] = Slot(parameter, expert, tuple(tensor.shape[1:]))
+    return slots
+
+
+def vae_slots(parameters: Mapping[str, torch.Tensor]) -> dict[str, Slot]:
+    """Published name -> slot, for every parameter of a (meta) VAE."""
+    return {f"vae.{name}": Slot(name, None, tuple(tensor.shape)) for name, tensor in parameters.items()}
+
+
+def vision_shapes(vision: VisionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Published name -> shape of the vision tower and its aligner; for checking a folder without building them."""
+    width, mlp = vision.hidden_size, vision.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "vision_model.embeddings.position_embedding.weight": (vision.num_positions, width)
+    }
+
+    def linear(name: str, out_features: int, in_features: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out_features, in_features), (out_features,)
+
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+
+    linear("vision_model.embeddings.patch_embedding", width, vision.num_channels * vision.patch_size**2)
+    for index in range(vision.num_layers):
+        layer = f"vision_model.encoder.layers.{index}"
+        norm(f"{layer}.layer_norm1")
+        norm(f"{layer}.layer_norm2")
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linear(f"{layer}.self_attn.{projection}", width, width)
+        linear(f"{layer}.mlp.fc1", mlp, width)
+        linear(f"{layer}.mlp.fc2", width, mlp)
+    norm("vision_model.post_layernorm")
+    linear("vision_aligner.layers.0", hidden_size, width)
+    linear("vision_aligner.layers.2", hidden_size, hidden_size)
+    return shapes
+
+
+def is_unused(name: str) -> bool:
+    """Tensors that published folders may carry and nobody reads: the vision tower's pooling head."""
+    return name.startswith("vision_model.head.")
+
+
+def _published_name(parameter: str) -> str:
+    for published, ours in reversed(_TRANSFORMER_FRAGMENTS):
+        parameter = parameter.replace(ours, published)
+    return f"model.{parameter}" if parameter.startswith(_UNDER_MODEL) else parameter

@@ -1,0 +1,98 @@
+"""Fill a module that was built on the meta device with the tensors of a checkpoint folder.
+
+Each parameter is allocated once, where and as what it will live, and each tensor is copied straight from the mapped
+file into it: the host never holds more than the weights in their final dtype plus the tensor under way. Strict: every
+missing, unexpected or misshapen tensor is listed before the first byte is read.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from safetensors import safe_open
+
+from ..callbacks import CheckCancelled, Progress, never_cancelled, no_progress
+from ..errors import CheckpointError
+from .index import CheckpointIndex
+from .keymap import Slot, is_unused
+
+Transform = Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
+"""Applied to each (published name, tensor) on its way in; yields what to store under which published-style name."""
+
+_LISTED = 12
+
+
+def check_complete(index: CheckpointIndex, shapes: Mapping[str, tuple[int, ...]], folder: object) -> None:
+    """Compares a folder's tensors with the names and shapes that its configuration promises.
+
+    Raises CheckpointError listing what is missing, unexpected and misshapen.
+    """
+    missing = [name for name in shapes if name not in index]
+    unexpected = [name for name in index if name not in shapes and not is_unused(name)]
+    misshapen = [
+        f"{name}: {list(index[name].shape)} in the file, {list(shape)} by config.json"
+        for name, shape in shapes.items()
+        if name in index and index[name].shape != tuple(shape)
+    ]
+    problems = [
+        f"{len(names)} {what}: {_shortened(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"The tensors in {folder} do not fit its config.json.\n" + "\n".join(problems) + "\n"
+            "Download the folder again, weights and config.json together."
+        )
+
+
+def load_parameters(
+    module: torch.nn.Module,
+    index: CheckpointIndex,
+    slots: Mapping[str, Slot],
+    *,
+    device: torch.device,
+    dtype_of: Callable[[str], torch.dtype],
+    transform: Transform | None = None,
+    stage: str = "load",
+    progress: Progress = no_progress,
+    check_cancelled: CheckCancelled = never_cancelled,
+) -> None:
+    """Fills every parameter of `module` named by `slots` from `index`.
+
+    Args:
+        module: built on the meta device.
+        slots: published name -> where it goes (see keymap).
+        device: where the parameters will live.
+        dtype_of: parameter name -> dtype that it will have.
+        transform: applied to each tensor before it is stored; it may yield several (a quantised weight, its scale).
+        stage: the name that `progress` is told.
+    """
+    parameters = dict(module.named_parameters())
+    filled: dict[str, torch.Tensor] = {}
+
+    def store(name: str, tensor: torch.Tensor) -> None:
+        slot = slots[name]
+        if slot.parameter not in filled:
+            shape = parameters[slot.parameter].shape
+            filled[slot.parameter] = torch.empty(shape, dtype=dtype_of(slot.parameter), device=device)
+        target = filled[slot.parameter]
+        (target if slot.expert is None else target[slot.expert]).copy_(tensor)
+
+    done = 0
+    for path, names in index.by_file(list(slots)).items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                check_cancelled()
+                tensor = file.get_tensor(name)
+                for stored_name, stored in transform(name, tensor) if transform else ((name, tensor),):
+                    store(stored_name, stored)
+                done += 1
+                progress(stage, done, len(slots))
+    for name, tensor in filled.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown}, ... and {len(names) - _LISTED} more"

@@ -1,0 +1,44 @@
+"""Keys and values of what was already computed, in place, one pair of tensors per layer.
+
+The prompt is written once; the positions of the picture being drawn are overwritten at every denoise step. Keys are
+stored rotated and normalised.
+"""
+
+import torch
+
+
+class KVCache:
+    """Fixed-length cache of `rows` sequences: per layer keys and values (rows, kv_heads, length, head_dim)."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        rows: int,
+        kv_heads: int,
+        length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (rows, kv_heads, length, head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+
+    def write(
+        self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores keys and values (rows, kv_heads, T, head_dim) at positions [start, start + T).
+
+        Returns those of all positions [0, start + T), as views.
+        """
+        stop = start + keys.shape[2]
+        assert stop <= self.keys[layer].shape[2], f"position {stop} is beyond the cache's end"
+        self.keys[layer][:, :, start:stop] = keys
+        self.values[layer][:, :, start:stop] = values
+        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
