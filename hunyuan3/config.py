@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from .errors import CheckpointError, UnsupportedConfigError
 
 Variant = Literal["base", "instruct", "distil"]
@@ -44,6 +46,14 @@ class VAEConfig:
     sample_size: int
     scaling_factor: float
     shift_factor: float | None = None
+
+    def scale(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the VAE encodes them -> as the transformer sees them: `(z - shift) * scaling` (spec 8.10)."""
+        return (latents - (self.shift_factor or 0.0)) * self.scaling_factor
+
+    def unscale(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `scale`: `z / scaling + shift`."""
+        return latents / self.scaling_factor + (self.shift_factor or 0.0)
 
 
 @dataclass(frozen=True)

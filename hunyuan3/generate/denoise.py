@@ -96,8 +96,7 @@ def denoise(
         branches = rows.branches
     else:
         raise RequestError(f"guidance is {guidance}, but this conditioning has no unconditional branch.")
-    drops = any(layer.mlp.drop_tokens for layer in model.layers)
-    if drops and one_branch_at_a_time and len(branches) > 1:
+    if model.drops_tokens and one_branch_at_a_time and len(branches) > 1:
         raise RequestError("Capacity dropping needs both guidance branches in one pass; turn one of the two off.")
 
     def between_layers(layer: int, x: torch.Tensor) -> None:

@@ -50,6 +50,11 @@ class Hunyuan3Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.wte.weight.device
 
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether rows compete for room at the experts (the reference's capacity rule), so that batches matter."""
+        return any(layer.mlp.drop_tokens for layer in self.layers)
+
     def forward(
         self,
         x: torch.Tensor,

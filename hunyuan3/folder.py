@@ -1,0 +1,140 @@
+"""An opened checkpoint folder: everything but the weights.
+
+Opening reads configuration, vocabulary, prompts and the tensor headers, and compares them with each other, so that a
+folder that cannot work is refused in a second, with the reason, and not after minutes of loading.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+
+from .checkpoint.index import CheckpointIndex
+from .checkpoint.keymap import Slot, transformer_slots, vae_slots, vision_shapes
+from .checkpoint.load import check_complete
+from .config import VARIANTS, GenerationConfig, ModelConfig, Variant, detect_variant
+from .errors import CheckpointError, RequestError, UnsupportedConfigError
+from .image.resolution import ResolutionTable
+from .text.special_tokens import SpecialTokens
+from .text.system_prompts import SystemPrompts
+from .text.template import TEMPLATES, Template
+from .text.tokenizer import Tokenizer
+from .transformer.model import Hunyuan3Transformer
+from .vae.autoencoder import AutoencoderKLConv3D
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """The official folder, as downloaded, checked and parsed. No Python of it is ever executed."""
+
+    path: Path
+    config: ModelConfig
+    generation: GenerationConfig
+    variant: Variant
+    index: CheckpointIndex
+    tokenizer: Tokenizer
+    tokens: SpecialTokens
+    system_prompts: SystemPrompts
+    resolutions: ResolutionTable
+
+    @classmethod
+    def open(cls, path: str | Path, variant: str = "auto") -> "ModelFolder":
+        """Opens and checks a folder.
+
+        Args:
+            path: holds config.json, generation_config.json, tokenizer.json, the safetensors index and its shards.
+            variant: "auto", or "base", "instruct", "distil" to override what the folder says it is (spec 1.0).
+
+        Raises CheckpointError, UnsupportedConfigError or RequestError, each naming the file or input at fault.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a folder. Give the folder that holds config.json and the weights.")
+        config = ModelConfig.from_folder(path)
+        generation = GenerationConfig.from_folder(path)
+        index = CheckpointIndex.from_folder(path)
+        found = detect_variant(config, generation, index.tensors)
+        tokenizer = Tokenizer.from_folder(path)
+        tokens = SpecialTokens.from_tokenizer(tokenizer, config)
+        folder = cls(
+            path=path,
+            config=config,
+            generation=generation,
+            variant=_chosen_variant(variant, found),
+            index=index,
+            tokenizer=tokenizer,
+            tokens=tokens,
+            system_prompts=SystemPrompts.from_folder(path),
+            resolutions=ResolutionTable.build(config.image_base_size, len(tokens.ratios)),
+        )
+        check_complete(index, folder.tensor_shapes(), path)
+        if len(tokenizer) > config.vocab_size:
+            raise UnsupportedConfigError(
+                f"{path / 'tokenizer.json'} has {len(tokenizer)} tokens, more than vocab_size {config.vocab_size} of "
+                "config.json. The two files do not belong together."
+            )
+        return folder
+
+    @property
+    def template(self) -> Template:
+        """How this variant lays out a conversation."""
+        return TEMPLATES["pretrain" if self.variant == "base" else "instruct"]
+
+    @cached_property
+    def transformer_slots(self) -> dict[str, Slot]:
+        """Published tensor name -> place in a `Hunyuan3Transformer`."""
+        return transformer_slots(dict(self.empty_transformer().named_parameters()))
+
+    @cached_property
+    def vae_slots(self) -> dict[str, Slot]:
+        """Published tensor name -> place in an `AutoencoderKLConv3D`."""
+        return vae_slots(dict(self.empty_vae().named_parameters()))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that tell one checkpoint's files from another's: names, shapes, dtypes, sizes, times."""
+        digest = hashlib.sha256()
+        for file in sorted({info.file for info in self.index.tensors.values()}):
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        shapes = {name: [info.dtype, list(info.shape)] for name, info in self.index.tensors.items()}
+        digest.update(json.dumps([self.variant, shapes], sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+
+    def empty_transformer(self) -> Hunyuan3Transformer:
+        """The transformer on the meta device: shapes, no storage."""
+        with init_empty_weights(include_buffers=True):
+            return Hunyuan3Transformer(self.config)
+
+    def empty_vae(self) -> AutoencoderKLConv3D:
+        """The VAE on the meta device."""
+        with init_empty_weights(include_buffers=True):
+            return AutoencoderKLConv3D(self.config.vae)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the folder must hold, with its shape, as config.json has it."""
+        slots = {**self.transformer_slots, **self.vae_slots}
+        shapes = {name: slot.shape for name, slot in slots.items()}
+        return shapes | vision_shapes(self.config.vision, self.config.hidden_size)
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the transformer's parameters in one dtype."""
+        numbers = sum(torch.Size(slot.shape).numel() for slot in self.transformer_slots.values())
+        return numbers * dtype.itemsize
+
+
+def _chosen_variant(asked: str, found: Variant) -> Variant:
+    if asked == "auto" or asked == found:
+        return found
+    if asked not in VARIANTS:
+        raise RequestError(f"variant is {asked!r}; it must be auto, {', '.join(VARIANTS)}.")
+    if "distil" in (asked, found):
+        raise RequestError(
+            f"variant is {asked!r}, but the folder's config.json and tensors are those of a {found!r} checkpoint "
+            "(guidance and timestep_r embedders decide that). Choose 'auto'."
+        )
+    return asked  # base and instruct differ only in how the sequence is laid out

@@ -1,0 +1,142 @@
+"""Load the networks of an opened folder: where they live, in which dtype, with which kernels."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from .callbacks import CheckCancelled, Progress, never_cancelled, no_progress
+from .checkpoint.keymap import ROUTER_SUFFIX
+from .checkpoint.load import Transform, load_parameters
+from .folder import ModelFolder
+from .moe.router import RouterPrecision
+from .moe.select import MoEBackend, choose_backend, expert_backend, log_choice
+from .transformer.model import Hunyuan3Transformer
+from .vae.autoencoder import AutoencoderKLConv3D
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+VAE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load. Every "auto" is settled by `resolved`.
+
+    device: a torch device, or "auto": CUDA or ROCm, else MPS, else CPU.
+    dtype: "bfloat16" (the published precision; the arithmetic follows the reference's autocast), "float32" (exact), or
+        "auto": bfloat16 on an accelerator, float32 on a CPU.
+    vae_dtype: "float16" (as the reference on a GPU: bfloat16-rounded weights, float16 convolutions, float32 residual
+        stream in the decoder), "float32", "bfloat16", or "auto": float16 beside a bfloat16 transformer on an
+        accelerator, else float32.
+    moe_backend: "auto", "loop" or "grouped" (see moe.select).
+    router: "reference" runs the router in the model's dtype, as the reference does; "fp32" always in float32.
+    drop_tokens: the reference's capacity rule, for comparisons; None means what config.json says (published: off).
+    """
+
+    device: str | torch.device = "auto"
+    dtype: str = "auto"
+    vae_dtype: str = "auto"
+    moe_backend: MoEBackend = "auto"
+    router: RouterPrecision = "reference"
+    drop_tokens: bool | None = None
+
+    def resolved(self) -> "ResolvedOptions":
+        """Settles what is "auto" on this machine. Raises ValueError for an unknown name."""
+        device = torch.device(_best_device() if self.device == "auto" else self.device)
+        on_accelerator = device.type != "cpu"
+        dtype = _named(DTYPES, "dtype", self.dtype, "bfloat16" if on_accelerator else "float32")
+        follows_reference = on_accelerator and dtype == torch.bfloat16
+        vae_dtype = _named(VAE_DTYPES, "vae_dtype", self.vae_dtype, "float16" if follows_reference else "float32")
+        if self.router not in ("reference", "fp32"):
+            raise ValueError(f"router is {self.router!r}; it must be reference or fp32.")
+        backend, reason = choose_backend(self.moe_backend, device, dtype)
+        return ResolvedOptions(device, dtype, vae_dtype, backend, reason, self.router, self.drop_tokens)
+
+
+@dataclass(frozen=True)
+class ResolvedOptions:
+    """`LoadOptions` with nothing left open. `moe_reason`: why that backend."""
+
+    device: torch.device
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+    moe_backend: str
+    moe_reason: str
+    router: RouterPrecision
+    drop_tokens: bool | None
+
+    def on(self, device: torch.device) -> "ResolvedOptions":
+        """The same, elsewhere."""
+        return replace(self, device=device)
+
+
+def load_transformer(
+    folder: ModelFolder,
+    options: ResolvedOptions,
+    *,
+    transform: Transform | None = None,
+    progress: Progress = no_progress,
+    check_cancelled: CheckCancelled = never_cancelled,
+) -> Hunyuan3Transformer:
+    """The transformer with its weights, ready to run. The router's weights stay float32."""
+    log_choice(options.moe_backend, options.moe_reason)
+    model = folder.empty_transformer()
+    load_parameters(
+        model,
+        folder.index,
+        folder.transformer_slots,
+        device=options.device,
+        dtype_of=lambda name: torch.float32 if name.endswith(ROUTER_SUFFIX) else options.dtype,
+        transform=transform,
+        stage="load transformer",
+        progress=progress,
+        check_cancelled=check_cancelled,
+    )
+    for layer in model.layers:
+        layer.mlp.backend = expert_backend(options.moe_backend)
+        layer.mlp.router.precision = options.router
+        if options.drop_tokens is not None:
+            layer.mlp.drop_tokens = options.drop_tokens
+    return model.eval()
+
+
+def load_vae(
+    folder: ModelFolder,
+    options: ResolvedOptions,
+    *,
+    progress: Progress = no_progress,
+    check_cancelled: CheckCancelled = never_cancelled,
+) -> AutoencoderKLConv3D:
+    """The VAE with its weights.
+
+    In float16 they are rounded to bfloat16 first: the reference's loader holds them so (spec 2.4).
+    """
+    vae = folder.empty_vae()
+    load_parameters(
+        vae,
+        folder.index,
+        folder.vae_slots,
+        device=options.device,
+        dtype_of=lambda _name: options.vae_dtype,
+        transform=_through_bfloat16 if options.vae_dtype == torch.float16 else None,
+        stage="load VAE",
+        progress=progress,
+        check_cancelled=check_cancelled,
+    )
+    return vae.eval()
+
+
+def _through_bfloat16(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor.to(torch.bfloat16))]
+
+
+def _named(table: dict[str, torch.dtype], what: str, name: str, default: str) -> torch.dtype:
+    if name != "auto" and name not in table:
+        raise ValueError(f"{what} is {name!r}; it must be auto, {', '.join(table)}.")
+    return table[default if name == "auto" else name]
+
+
+def _best_device() -> Literal["cuda", "mps", "cpu"]:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

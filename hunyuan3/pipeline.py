@@ -1,0 +1,128 @@
+"""The model handle: one checkpoint folder, its networks, and what one does with them.
+
+Example::
+
+    from hunyuan3.pipeline import Hunyuan3
+
+    model = Hunyuan3.load("models/hunyuan3/HunyuanImage-3.0-Instruct-Distil")
+    conditioning = model.conditioning("a red fox asleep in tall grass", width=1024, height=1024)
+    for step in (run := model.sample(conditioning, seed=1)):
+        print(f"{step.step + 1}/{step.steps}")
+    model.pictures(run.latents)[0].save("fox.png")
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .callbacks import CheckCancelled, Progress, never_cancelled, no_progress
+from .conditioning import Conditioning, make_conditioning
+from .errors import RequestError
+from .folder import ModelFolder
+from .parts import LoadOptions, ResolvedOptions, load_transformer, load_vae
+from .run import SamplingRun, require_latents
+from .transformer.model import Hunyuan3Transformer
+from .vae.autoencoder import AutoencoderKLConv3D
+
+
+class Hunyuan3:
+    """A checkpoint folder and its networks, each loaded when first used and released on demand."""
+
+    def __init__(self, folder: ModelFolder, options: ResolvedOptions) -> None:
+        self.folder = folder
+        self.options = options
+        self._transformer: Hunyuan3Transformer | None = None
+        self._vae: AutoencoderKLConv3D | None = None
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        variant: str = "auto",
+        progress: Progress = no_progress,
+        check_cancelled: CheckCancelled = never_cancelled,
+        **options: Any,
+    ) -> "Hunyuan3":
+        """Opens a folder and loads the transformer; the VAE follows when it is first used.
+
+        `options`: device, dtype, vae_dtype, moe_backend, router, drop_tokens; see `LoadOptions`.
+
+        Raises CheckpointError, UnsupportedConfigError or RequestError, each naming the file or input at fault.
+        """
+        model = cls(ModelFolder.open(folder, variant), LoadOptions(**options).resolved())
+        model.transformer(progress=progress, check_cancelled=check_cancelled)
+        return model
+
+    def transformer(
+        self, *, progress: Progress = no_progress, check_cancelled: CheckCancelled = never_cancelled
+    ) -> Hunyuan3Transformer:
+        """The transformer, loaded if it is not."""
+        if self._transformer is None:
+            self._transformer = load_transformer(
+                self.folder, self.options, progress=progress, check_cancelled=check_cancelled
+            )
+        return self._transformer
+
+    def vae(
+        self, *, progress: Progress = no_progress, check_cancelled: CheckCancelled = never_cancelled
+    ) -> AutoencoderKLConv3D:
+        """The VAE, loaded if it is not."""
+        if self._vae is None:
+            self._vae = load_vae(self.folder, self.options, progress=progress, check_cancelled=check_cancelled)
+        return self._vae
+
+    def release(self) -> None:
+        """Drops the weights; they are read again when next used."""
+        self._transformer = None
+        self._vae = None
+
+    def conditioning(self, prompt: str, *, width: int = 0, height: int = 0, **texts: str) -> Conditioning:
+        """Lays out a request for a picture of `width` x `height` pixels (multiples of 16; 0: the base size).
+
+        `texts`: system_prompt, custom_system_prompt, trace; see `make_conditioning`.
+        """
+        base = self.folder.config.image_base_size
+        resolution = self.folder.resolutions.free(height or base, width or base)
+        return make_conditioning(self.folder, prompt, resolution, **texts)
+
+    def sample(self, conditioning: Conditioning, **settings: Any) -> SamplingRun:
+        """Prepares a run; iterate over it to draw, then take its `latents`.
+
+        `settings`: seed, steps, guidance, shift, batch_size, noise, latent, denoise, taylor, one_branch_at_a_time,
+        check_cancelled; see `SamplingRun.prepare`. Raises RequestError naming the argument at fault.
+        """
+        return SamplingRun.prepare(self.folder, self.transformer(), conditioning, **settings)
+
+    def decode(
+        self,
+        latents: torch.Tensor,
+        *,
+        tile_size: int | None = None,
+        progress: Progress = no_progress,
+        check_cancelled: CheckCancelled = never_cancelled,
+    ) -> torch.Tensor:
+        """Unscaled latents (B, C, h, w) -> pixels (B, H, W, 3) in [0, 1], float32 on the CPU.
+
+        `tile_size`: decode in tiles of so many pixels, for small cards; None decodes each picture whole.
+        Raises RequestError for latents of another model or with numbers that are not finite.
+        """
+        require_latents(latents, self.folder.config.vae, "latents")
+        vae = self.vae(progress=progress, check_cancelled=check_cancelled)
+        pixels = vae.decode(
+            latents.to(self.options.device, torch.float32), tile_size=tile_size, check_cancelled=check_cancelled
+        )
+        pixels = pixels.float()
+        if not torch.isfinite(pixels).all():
+            raise RequestError(
+                f"The VAE overflowed in {self.options.vae_dtype}: the picture would be black. "
+                "Load with vae_dtype float32."
+            )
+        return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous().cpu()
+
+    def pictures(self, latents: torch.Tensor, *, tile_size: int | None = None) -> list[Image.Image]:
+        """Unscaled latents (B, C, h, w) -> PIL pictures."""
+        pixels = (self.decode(latents, tile_size=tile_size) * 255).round().to(torch.uint8)
+        return [Image.fromarray(picture.numpy()) for picture in pixels]

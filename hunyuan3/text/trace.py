@@ -1,0 +1,65 @@
+"""The text that a model writes before it draws: `<think>..</think>`, `<recaption>..</recaption>` and loose words."""
+
+from typing import NamedTuple
+
+THINK = ("<think>", "</think>")
+RECAPTION = ("<recaption>", "</recaption>")
+
+
+class TracePart(NamedTuple):
+    """One separately tokenised piece; a tag is kept in the unconditional branch, other text is replaced there."""
+
+    text: str
+    is_tag: bool
+
+
+def is_complete(trace: str) -> bool:
+    """Whether the trace holds a think or recaption pair, opened and closed."""
+    return _pair(trace, THINK) is not None or _pair(trace, RECAPTION) is not None
+
+
+def split_trace(trace: str, drop_think: bool = False) -> tuple[TracePart, ...]:
+    """Tags, bodies and loose text in order; without the think pair if `drop_think`.
+
+    As the reference does: text after a second closing tag of the same kind is lost. Empty loose text gives nothing,
+    an empty body gives an empty part.
+    """
+    for tags in (THINK, RECAPTION):
+        body = _pair(trace, tags)
+        if body is None:
+            continue
+        opening, closing = tags
+        inner = (TracePart(opening, True), TracePart(body, False), TracePart(closing, True))
+        if drop_think and tags is THINK:
+            inner = ()
+        before = trace.split(opening)[0]
+        after = trace.split(closing)[1]
+        return (*split_trace(before, drop_think), *inner, *split_trace(after, drop_think))
+    return (TracePart(trace, False),) if trace else ()
+
+
+def close_trace(trace: str) -> str:
+    """Adds the closing tag that a trace lacks because the token budget ran out.
+
+    The reference leaves it open, which wraps the whole text in answer tags and replaces even the tags in the
+    unconditional branch: the picture then hardly follows it.
+    """
+    for opening, closing in (RECAPTION, THINK):
+        if trace.rfind(opening) > trace.rfind(closing):
+            return trace + closing
+    return trace
+
+
+def recaption_only(trace: str) -> str:
+    """The recaption pair alone where a think pair comes with it, else the trace as it is (the drop_think switch)."""
+    body = _pair(trace, RECAPTION)
+    if body is None or _pair(trace, THINK) is None:
+        return trace
+    return RECAPTION[0] + body + RECAPTION[1]
+
+
+def _pair(trace: str, tags: tuple[str, str]) -> str | None:
+    """The body between the first opening tag and the next closing tag, None without such a pair."""
+    _, opened, rest = trace.partition(tags[0])
+    body, closed, _ = rest.partition(tags[1])
+    return body if opened and closed else None
