@@ -1,16 +1,20 @@
 """Load the networks of an opened folder: where they live, in which dtype, with which kernels."""
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
-from .callbacks import CheckCancelled, Progress, never_cancelled, no_progress
-from .checkpoint.keymap import ROUTER_SUFFIX
+from .callbacks import CheckCancelled
+from .checkpoint.keymap import ROUTER_SUFFIX, Slot
 from .checkpoint.load import Transform, load_parameters
 from .folder import ModelFolder
 from .moe.router import RouterPrecision
 from .moe.select import MoEBackend, choose_backend, expert_backend, log_choice
+from .placement.placed import PlacedModule, units_by_prefix
 from .transformer.model import Hunyuan3Transformer
 from .vae.autoencoder import AutoencoderKLConv3D
 
@@ -65,65 +69,77 @@ class ResolvedOptions:
     router: RouterPrecision
     drop_tokens: bool | None
 
-    def on(self, device: torch.device) -> "ResolvedOptions":
-        """The same, elsewhere."""
-        return replace(self, device=device)
 
-
-def load_transformer(
-    folder: ModelFolder,
-    options: ResolvedOptions,
-    *,
-    transform: Transform | None = None,
-    progress: Progress = no_progress,
-    check_cancelled: CheckCancelled = never_cancelled,
-) -> Hunyuan3Transformer:
-    """The transformer with its weights, ready to run. The router's weights stay float32."""
+def place_transformer(
+    folder: ModelFolder, options: ResolvedOptions, transform: Transform | None = None
+) -> PlacedModule:
+    """The transformer, unloaded; layers are its units. The router's weights stay float32 in every dtype."""
     log_choice(options.moe_backend, options.moe_reason)
     model = folder.empty_transformer()
-    load_parameters(
-        model,
-        folder.index,
-        folder.transformer_slots,
-        device=options.device,
-        dtype_of=lambda name: torch.float32 if name.endswith(ROUTER_SUFFIX) else options.dtype,
-        transform=transform,
-        stage="load transformer",
-        progress=progress,
-        check_cancelled=check_cancelled,
-    )
     for layer in model.layers:
         layer.mlp.backend = expert_backend(options.moe_backend)
         layer.mlp.router.precision = options.router
         if options.drop_tokens is not None:
             layer.mlp.drop_tokens = options.drop_tokens
-    return model.eval()
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(ROUTER_SUFFIX) else options.dtype
+
+    return _place("transformer", model.eval(), folder, folder.transformer_slots, options, dtype_of, transform)
 
 
-def load_vae(
+def place_vae(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
+    """The VAE, unloaded. In float16 its weights go through bfloat16: the reference's loader holds them so (spec 2.4)."""
+    transform = _through_bfloat16 if options.vae_dtype == torch.float16 else None
+    model = folder.empty_vae().eval()
+    return _place("VAE", model, folder, folder.vae_slots, options, lambda _name: options.vae_dtype, transform)
+
+
+def load_transformer(folder: ModelFolder, options: ResolvedOptions) -> Hunyuan3Transformer:
+    """The transformer with its weights, ready to run."""
+    return place_transformer(folder, options).load()
+
+
+def load_vae(folder: ModelFolder, options: ResolvedOptions) -> AutoencoderKLConv3D:
+    """The VAE with its weights, ready to run."""
+    return place_vae(folder, options).load()
+
+
+def _place(
+    name: str,
+    module: nn.Module,
     folder: ModelFolder,
+    slots: Mapping[str, Slot],
     options: ResolvedOptions,
-    *,
-    progress: Progress = no_progress,
-    check_cancelled: CheckCancelled = never_cancelled,
-) -> AutoencoderKLConv3D:
-    """The VAE with its weights.
+    dtype_of: Callable[[str], torch.dtype],
+    transform: Transform | None,
+) -> PlacedModule:
+    by_parameter: dict[str, dict[str, Slot]] = {}
+    for published, slot in slots.items():
+        by_parameter.setdefault(slot.parameter, {})[published] = slot
 
-    In float16 they are rounded to bfloat16 first: the reference's loader holds them so (spec 2.4).
-    """
-    vae = folder.empty_vae()
-    load_parameters(
-        vae,
-        folder.index,
-        folder.vae_slots,
-        device=options.device,
-        dtype_of=lambda _name: options.vae_dtype,
-        transform=_through_bfloat16 if options.vae_dtype == torch.float16 else None,
-        stage="load VAE",
-        progress=progress,
-        check_cancelled=check_cancelled,
-    )
-    return vae.eval()
+    def read(
+        module: nn.Module, parameters: Iterable[str], device: torch.device, check_cancelled: CheckCancelled
+    ) -> None:
+        wanted = {published: slot for parameter in parameters for published, slot in by_parameter[parameter].items()}
+        load_parameters(
+            module,
+            folder.index,
+            wanted,
+            device=device,
+            dtype_of=dtype_of,
+            transform=transform,
+            check_cancelled=check_cancelled,
+        )
+
+    sizes = {key: value.numel() * dtype_of(key).itemsize for key, value in module.named_parameters()}
+    return PlacedModule(name, module, units_by_prefix(sizes, _unit_of), options.device, read)
+
+
+def _unit_of(parameter: str) -> str:
+    """A transformer layer is a unit of its own; everything else of a network is one more."""
+    match = re.match(r"layers\.\d+", parameter)
+    return match[0] if match else "rest"
 
 
 def _through_bfloat16(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -21,7 +21,7 @@ from .callbacks import CheckCancelled, Progress, never_cancelled, no_progress
 from .conditioning import Conditioning, make_conditioning
 from .errors import RequestError
 from .folder import ModelFolder
-from .parts import LoadOptions, ResolvedOptions, load_transformer, load_vae
+from .parts import LoadOptions, ResolvedOptions, place_transformer, place_vae
 from .run import SamplingRun, require_latents
 from .transformer.model import Hunyuan3Transformer
 from .vae.autoencoder import AutoencoderKLConv3D
@@ -33,51 +33,45 @@ class Hunyuan3:
     def __init__(self, folder: ModelFolder, options: ResolvedOptions) -> None:
         self.folder = folder
         self.options = options
-        self._transformer: Hunyuan3Transformer | None = None
-        self._vae: AutoencoderKLConv3D | None = None
+        self.placed_transformer = place_transformer(folder, options)
+        self.placed_vae = place_vae(folder, options)
+
+    @classmethod
+    def open(cls, folder: str | Path, *, variant: str = "auto", **options: Any) -> "Hunyuan3":
+        """Opens and checks a folder; the networks follow when they are first used.
+
+        `options`: device, dtype, vae_dtype, moe_backend, router, drop_tokens; see `LoadOptions`.
+
+        Raises CheckpointError, UnsupportedConfigError or RequestError, each naming the file or input at fault.
+        """
+        return cls(ModelFolder.open(folder, variant), LoadOptions(**options).resolved())
 
     @classmethod
     def load(
         cls,
         folder: str | Path,
         *,
-        variant: str = "auto",
         progress: Progress = no_progress,
         check_cancelled: CheckCancelled = never_cancelled,
         **options: Any,
     ) -> "Hunyuan3":
-        """Opens a folder and loads the transformer; the VAE follows when it is first used.
-
-        `options`: device, dtype, vae_dtype, moe_backend, router, drop_tokens; see `LoadOptions`.
-
-        Raises CheckpointError, UnsupportedConfigError or RequestError, each naming the file or input at fault.
-        """
-        model = cls(ModelFolder.open(folder, variant), LoadOptions(**options).resolved())
-        model.transformer(progress=progress, check_cancelled=check_cancelled)
+        """`open`, with the transformer's weights loaded at once."""
+        model = cls.open(folder, **options)
+        model.placed_transformer.load(progress=progress, check_cancelled=check_cancelled)
         return model
 
-    def transformer(
-        self, *, progress: Progress = no_progress, check_cancelled: CheckCancelled = never_cancelled
-    ) -> Hunyuan3Transformer:
+    def transformer(self) -> Hunyuan3Transformer:
         """The transformer, loaded if it is not."""
-        if self._transformer is None:
-            self._transformer = load_transformer(
-                self.folder, self.options, progress=progress, check_cancelled=check_cancelled
-            )
-        return self._transformer
+        return self.placed_transformer.load()
 
-    def vae(
-        self, *, progress: Progress = no_progress, check_cancelled: CheckCancelled = never_cancelled
-    ) -> AutoencoderKLConv3D:
+    def vae(self) -> AutoencoderKLConv3D:
         """The VAE, loaded if it is not."""
-        if self._vae is None:
-            self._vae = load_vae(self.folder, self.options, progress=progress, check_cancelled=check_cancelled)
-        return self._vae
+        return self.placed_vae.load()
 
     def release(self) -> None:
         """Drops the weights; they are read again when next used."""
-        self._transformer = None
-        self._vae = None
+        self.placed_transformer.unload()
+        self.placed_vae.unload()
 
     def conditioning(self, prompt: str, *, width: int = 0, height: int = 0, **texts: str) -> Conditioning:
         """Lays out a request for a picture of `width` x `height` pixels (multiples of 16; 0: the base size).
@@ -101,7 +95,6 @@ class Hunyuan3:
         latents: torch.Tensor,
         *,
         tile_size: int | None = None,
-        progress: Progress = no_progress,
         check_cancelled: CheckCancelled = never_cancelled,
     ) -> torch.Tensor:
         """Unscaled latents (B, C, h, w) -> pixels (B, H, W, 3) in [0, 1], float32 on the CPU.
@@ -110,8 +103,7 @@ class Hunyuan3:
         Raises RequestError for latents of another model or with numbers that are not finite.
         """
         require_latents(latents, self.folder.config.vae, "latents")
-        vae = self.vae(progress=progress, check_cancelled=check_cancelled)
-        pixels = vae.decode(
+        pixels = self.vae().decode(
             latents.to(self.options.device, torch.float32), tile_size=tile_size, check_cancelled=check_cancelled
         )
         pixels = pixels.float()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from safetensors import safe_open
 
-from ..callbacks import CheckCancelled, Progress, never_cancelled, no_progress
+from ..callbacks import CheckCancelled, never_cancelled
 from ..errors import CheckpointError
 from .index import CheckpointIndex
 from .keymap import Slot, is_unused
@@ -53,8 +53,6 @@ def load_parameters(
     device: torch.device,
     dtype_of: Callable[[str], torch.dtype],
     transform: Transform | None = None,
-    stage: str = "load",
-    progress: Progress = no_progress,
     check_cancelled: CheckCancelled = never_cancelled,
 ) -> None:
     """Fills every parameter of `module` named by `slots` from `index`.
@@ -65,7 +63,6 @@ def load_parameters(
         device: where the parameters will live.
         dtype_of: parameter name -> dtype that it will have.
         transform: applied to each tensor before it is stored; it may yield several (a quantised weight, its scale).
-        stage: the name that `progress` is told.
     """
     parameters = dict(module.named_parameters())
     filled: dict[str, torch.Tensor] = {}
@@ -78,7 +75,6 @@ def load_parameters(
         target = filled[slot.parameter]
         (target if slot.expert is None else target[slot.expert]).copy_(tensor)
 
-    done = 0
     for path, names in index.by_file(list(slots)).items():
         with safe_open(path, framework="pt") as file:
             for name in names:
@@ -86,8 +82,6 @@ def load_parameters(
                 tensor = file.get_tensor(name)
                 for stored_name, stored in transform(name, tensor) if transform else ((name, tensor),):
                     store(stored_name, stored)
-                done += 1
-                progress(stage, done, len(slots))
     for name, tensor in filled.items():
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False))

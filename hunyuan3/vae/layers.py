@@ -38,11 +38,14 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, dtype: torch.dtype, swish: bool = False) -> Tensor:
         """`x (B, C, T, H, W)` of any float dtype -> the same shape, rounded to `dtype` at the very end."""
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        groups = self.num_groups // NORM_PARTS
-        channels = self.num_channels // NORM_PARTS
-        parts = zip(*(t.split(channels, dim) for t, dim in ((x, 1), (out, 1), (self.weight, 0), (self.bias, 0))))
-        for x_part, out_part, weight, bias in parts:
-            h = F.group_norm(x_part.float(), groups, weight.float(), bias.float(), self.eps)
+        for x_part, out_part, weight, bias in zip(
+            x.chunk(NORM_PARTS, 1),
+            out.chunk(NORM_PARTS, 1),
+            self.weight.chunk(NORM_PARTS),
+            self.bias.chunk(NORM_PARTS),
+            strict=True,
+        ):
+            h = F.group_norm(x_part.float(), NORM_GROUPS // NORM_PARTS, weight.float(), bias.float(), self.eps)
             out_part.copy_(F.silu(h, inplace=True) if swish else h)
         return out
 
