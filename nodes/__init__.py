@@ -1,0 +1,26 @@
+"""The ComfyUI side: schemas, the memory manager, progress. A node is a schema and a few lines that call the core."""
+
+from .compat import ComfyExtension, io
+from .conditioning import Hunyuan3Conditioning
+from .folders import register
+from .loader import Hunyuan3Loader
+from .resolution import Hunyuan3Resolution
+from .sampler import Hunyuan3Sampler
+from .vae import Hunyuan3VAEDecode
+
+
+class Hunyuan3Extension(ComfyExtension):
+    """What ComfyUI asks for the package's nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            Hunyuan3Loader,
+            Hunyuan3Conditioning,
+            Hunyuan3Resolution,
+            Hunyuan3Sampler,
+            Hunyuan3VAEDecode,
+        ]

@@ -1,0 +1,149 @@
+"""Hunyuan3Loader: a checkpoint folder as a model handle."""
+
+from pathlib import Path
+
+import comfy.model_management as mm
+import torch
+
+from ..hunyuan3.checkpoint.index import INDEX_NAME, SINGLE_NAME
+from ..hunyuan3.config import VARIANTS
+from ..hunyuan3.errors import RequestError
+from ..hunyuan3.moe.select import MOE_BACKENDS
+from ..hunyuan3.parts import DTYPES, VAE_DTYPES
+from ..hunyuan3.pipeline import Hunyuan3
+from .compat import io, schema
+from .folders import checkpoint_names, checkpoint_path
+from .io_types import HunyuanModel, ModelHandle
+from .memory import GIB, PartPatcher
+from .progress import NodeProgress
+
+
+class Hunyuan3Loader(io.ComfyNode):
+    """Opens and checks the folder at once; the weights follow when a node first needs them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="Hunyuan3Loader",
+            display_name="Hunyuan3 Loader",
+            category="Hunyuan3",
+            description=(
+                "Opens a HunyuanImage-3.0 checkpoint (base, Instruct or Instruct-Distil), the official folder as it "
+                "was downloaded, from models/hunyuan3. The folder is checked at once; weights are read when first "
+                "needed."
+            ),
+            search_aliases=["hunyuan image 3", "hunyuanimage", "load hunyuan"],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=checkpoint_names(),
+                    tooltip="Folder under models/hunyuan3 that holds config.json and the safetensors files.",
+                ),
+                io.Combo.Input(
+                    "variant",
+                    options=["auto", *VARIANTS],
+                    default="auto",
+                    optional=True,
+                    tooltip="What the folder holds. 'auto' reads it from the files; override it only if that fails.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=["auto", *DTYPES],
+                    default="auto",
+                    optional=True,
+                    tooltip="Precision of the transformer. 'auto': bfloat16 (as published) on a GPU, float32 on a CPU.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=["auto", *_devices()],
+                    default="auto",
+                    optional=True,
+                    tooltip="Where the model computes. 'auto': the device that ComfyUI uses.",
+                ),
+                io.Combo.Input(
+                    "moe_backend",
+                    options=list(MOE_BACKENDS),
+                    default="auto",
+                    optional=True,
+                    tooltip="How the experts are computed. 'auto' takes the fastest that works here and says which.",
+                ),
+                io.Combo.Input(
+                    "router",
+                    options=["reference", "fp32"],
+                    default="reference",
+                    optional=True,
+                    tooltip="Precision of the expert router: as the reference implementation, or always float32.",
+                ),
+                io.Combo.Input(
+                    "vae_dtype",
+                    options=["auto", *VAE_DTYPES],
+                    default="auto",
+                    optional=True,
+                    tooltip="Precision of the VAE. 'auto': float16 on a GPU as the reference has it, else float32.",
+                ),
+            ],
+            outputs=[HunyuanModel.Output("model", display_name="model", tooltip="For all other Hunyuan3 nodes.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, **_others: object) -> list[float]:
+        """A folder whose files were replaced is opened again."""
+        try:
+            folder = checkpoint_path(checkpoint)
+        except RequestError:
+            return []
+        return [path.stat().st_mtime for path in _telling_files(folder) if path.is_file()]
+
+    @classmethod
+    def execute(
+        cls,
+        checkpoint: str,
+        variant: str = "auto",
+        dtype: str = "auto",
+        device: str = "auto",
+        moe_backend: str = "auto",
+        router: str = "reference",
+        vae_dtype: str = "auto",
+    ) -> io.NodeOutput:
+        model = Hunyuan3.open(
+            checkpoint_path(checkpoint),
+            variant=variant,
+            device=mm.get_torch_device() if device == "auto" else torch.device(device),
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            moe_backend=moe_backend,
+            router=router,
+        )
+        handle = ModelHandle(
+            name=checkpoint,
+            model=model,
+            transformer=PartPatcher.of(model.placed_transformer),
+            vae=PartPatcher.of(model.placed_vae),
+        )
+        chosen = describe(handle)
+        NodeProgress(cls.hidden.unique_id).report(chosen)
+        return io.NodeOutput(handle, ui={"text": [chosen]})
+
+
+def describe(handle: ModelHandle) -> str:
+    """One line: what was opened and what was chosen for it."""
+    options = handle.model.options
+    size = handle.transformer.model_size() / GIB
+    return (
+        f"{handle.name}: {handle.model.folder.variant}, {size:.2f} GiB in {_short(options.dtype)} on {options.device}; "
+        f"experts: {options.moe_backend} ({options.moe_reason}); router: {options.router}; "
+        f"VAE: {_short(options.vae_dtype)}"
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _devices() -> list[str]:
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+
+
+def _telling_files(folder: Path) -> list[Path]:
+    return [folder / name for name in ("config.json", "generation_config.json", INDEX_NAME, SINGLE_NAME)]

@@ -1,0 +1,46 @@
+"""What a running node shows: its progress bar, a line of text under it; and how it notices Cancel."""
+
+import logging
+import time
+
+import comfy.model_management as mm
+import comfy.utils
+from server import PromptServer
+
+_log = logging.getLogger(__name__)
+_INTERVAL = 0.1  # seconds between two updates: messages queue up without back-pressure
+
+
+class NodeProgress:
+    """The bar and the text of one node during one execution."""
+
+    def __init__(self, node_id: str | None) -> None:
+        self.node_id = node_id
+        self._last = 0.0
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """A `Progress` of the core. Raises ComfyUI's interrupt exception when the user pressed Cancel."""
+        now = time.monotonic()
+        if stage == self._stage and done < total and now - self._last < _INTERVAL:
+            mm.throw_exception_if_processing_interrupted()
+            return
+        self._stage, self._last = stage, now
+        self.text(f"{stage}: {100 * done // max(total, 1)} %")
+        comfy.utils.ProgressBar(total, node_id=self.node_id).update_absolute(done)
+
+    def text(self, text: str) -> None:
+        """Shows a line of text on the node."""
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and self.node_id is not None:
+            server.send_progress_text(text, self.node_id, server.client_id)
+
+    def report(self, text: str) -> None:
+        """Shows a line of text on the node and writes it to the log."""
+        _log.info("Hunyuan Image 3: %s", text)
+        self.text(text)
+
+
+def check_cancelled() -> None:
+    """Raises ComfyUI's interrupt exception when the user pressed Cancel."""
+    mm.throw_exception_if_processing_interrupted()

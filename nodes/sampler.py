@@ -1,0 +1,149 @@
+"""Hunyuan3Sampler: from a conditioning to a latent."""
+
+from typing import Any
+
+from ..hunyuan3.conditioning import Conditioning
+from ..hunyuan3.generate.noise import NOISE_SOURCES
+from ..hunyuan3.placement.estimate import sampling_bytes
+from ..hunyuan3.run import SamplingRun
+from .compat import io, schema
+from .io_types import HunyuanConditioning, HunyuanModel, ModelHandle
+from .memory import bring_to_device
+from .progress import NodeProgress, check_cancelled
+
+
+class Hunyuan3Sampler(io.ComfyNode):
+    """Draws: runs the denoise loop on the whole mixture-of-experts transformer."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="Hunyuan3Sampler",
+            display_name="Hunyuan3 Sampler",
+            category="Hunyuan3",
+            description=(
+                "Draws the picture as a latent. For steps, guidance and shift 0 means the checkpoint's own default "
+                "(base 50 steps, guidance 5; Instruct 50, 2.5; Instruct-Distil 8, 2.5)."
+            ),
+            search_aliases=["hunyuan ksampler", "hunyuan generate", "hunyuan draw"],
+            inputs=[
+                HunyuanModel.Input("model", tooltip="From the Hunyuan3 Loader."),
+                HunyuanConditioning.Input("conditioning", tooltip="From Hunyuan3 Conditioning."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="Decides the noise. The same seed draws the same picture.",
+                ),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=1000, tooltip="Denoise steps; 0: the checkpoint's own default."
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip=(
+                        "How closely the prompt is followed; 0: the checkpoint's own default. 1 or less (not "
+                        "distilled): no guidance, twice as fast."
+                    ),
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How much of the schedule is spent at high noise; 0: the checkpoint's own default.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures drawn at once."),
+                io.Combo.Input(
+                    "noise",
+                    options=list(NOISE_SOURCES),
+                    default="comfy",
+                    tooltip=(
+                        "'comfy': noise as ComfyUI's samplers make it, the same on every machine. 'device': made on "
+                        "the GPU. 'reference': as the official pipeline makes it (bfloat16, seed + 1 for the next "
+                        "picture)."
+                    ),
+                ),
+                io.Latent.Input("latent", optional=True, tooltip="Optional: a latent to start from, see denoise."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="With a latent: how much of it is drawn anew. 1: all of it, 0: nothing.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("latent_out", display_name="latent", tooltip="For Hunyuan3 VAE Decode."),
+                io.String.Output("info", display_name="info", tooltip="What was used: steps, guidance, shift, seed."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelHandle,
+        conditioning: Conditioning,
+        seed: int,
+        steps: int = 0,
+        guidance: float = 0.0,
+        shift: float = 0.0,
+        batch_size: int = 1,
+        noise: str = "comfy",
+        latent: dict[str, Any] | None = None,
+        denoise: float = 1.0,
+    ) -> io.NodeOutput:
+        core = model.model
+        # Every setting is checked before any weight is loaded.
+        run = SamplingRun.prepare(
+            core.folder,
+            core.placed_transformer.module,
+            conditioning,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            shift=shift,
+            batch_size=batch_size,
+            noise=noise,
+            latent=None if latent is None else latent["samples"],
+            denoise=denoise,
+            check_cancelled=check_cancelled,
+        )
+        progress = NodeProgress(cls.hidden.unique_id)
+        rows = conditioning.rows
+        num_rows = run.settings.batch_size * len(rows.branches)
+        work = sampling_bytes(core.folder.config, num_rows, len(rows.sequence), core.options.dtype)
+        bring_to_device(model.transformer, work, progress)
+        for step in run:
+            progress("draw", step.step + 1, step.steps)
+        info = describe(model, run)
+        progress.report(info)
+        return io.NodeOutput({"samples": run.latents}, info, ui={"text": [info]})
+
+
+def describe(model: ModelHandle, run: SamplingRun) -> str:
+    """One line: what a run used, the checkpoint's defaults filled in."""
+    used, size = run.settings, run.conditioning.size
+    parts = [
+        f"{model.name} ({model.model.folder.variant})",
+        f"{size.width}x{size.height}",
+        f"{used.steps} steps",
+        f"guidance {used.guidance:g}",
+        f"shift {used.shift:g}",
+        f"seed {used.seed}",
+        f"{used.noise} noise",
+    ]
+    if used.batch_size > 1:
+        parts.append(f"batch of {used.batch_size}")
+    if used.denoise < 1:
+        parts.append(f"denoise {used.denoise:g}")
+    return ", ".join(parts)
