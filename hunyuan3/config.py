@@ -122,8 +122,8 @@ class ModelConfig:
             num_heads=heads,
             num_kv_heads=read.integer("num_key_value_heads", heads),
             head_dim=int(head_dim),
-            rms_norm_eps=float(read.value("rms_norm_eps", 1e-5)),
-            rope_theta=float(read.value("rope_theta", 10000.0)),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-5),
+            rope_theta=read.number("rope_theta", 10000.0),
             max_position_embeddings=read.integer("max_position_embeddings"),
             moe=MoEConfig(
                 num_experts=read.integer("num_experts"),
@@ -191,8 +191,8 @@ class GenerationConfig:
         return cls(
             sequence_template=template,
             steps=read.integer("diff_infer_steps", 50),
-            guidance=float(read.value("diff_guidance_scale", 5.0)),
-            flow_shift=float(read.value("flow_shift", 3.0)),
+            guidance=read.number("diff_guidance_scale", 5.0),
+            flow_shift=read.number("flow_shift", 3.0),
             use_system_prompt=str(read.value("use_system_prompt", None)),
             bot_task=str(read.value("bot_task", "image")),
             drop_think=bool(read.value("drop_think", False)),
@@ -200,9 +200,9 @@ class GenerationConfig:
             max_new_tokens=read.integer("max_new_tokens", 2048),
             do_sample=bool(read.value("do_sample", True)),
             top_k=read.integer("top_k", 1024),
-            top_p=float(read.value("top_p", 0.95)),
-            temperature=float(read.value("temperature", 0.6)),
-            repetition_penalty=float(read.value("repetition_penalty", 1.0)),
+            top_p=read.number("top_p", 0.95),
+            temperature=read.number("temperature", 0.6),
+            repetition_penalty=read.number("repetition_penalty", 1.0),
         )
 
 
@@ -230,7 +230,7 @@ def vae_config(data: Mapping[str, Any], source: str) -> VAEConfig:
         ffactor_spatial=read.integer("ffactor_spatial"),
         ffactor_temporal=read.integer("ffactor_temporal"),
         sample_size=read.integer("sample_size", 384),
-        scaling_factor=float(read.value("scaling_factor")),
+        scaling_factor=read.number("scaling_factor"),
         shift_factor=None if shift is None else float(shift),
     )
 
@@ -243,7 +243,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.name} is missing from {path.parent}. Is this the whole checkpoint folder, as downloaded?"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download this file again.") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} should hold a JSON object, it holds a {type(data).__name__}.")
@@ -297,7 +297,7 @@ def _vision_config(read: "_Reader", hidden_size: int) -> VisionConfig:
         patch_size=vit.integer("patch_size", 16),
         num_positions=vit.integer("num_patches"),
         max_num_patches=processor.integer("max_num_patches"),
-        layer_norm_eps=float(vit.value("layer_norm_eps", 1e-6)),
+        layer_norm_eps=vit.number("layer_norm_eps", 1e-6),
         use_head=bool(use_head),
     )
 
@@ -321,6 +321,12 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, int):
             raise CheckpointError(f"{self.source}: '{key}' should be a whole number, it is {value!r}.")
         return value
+
+    def number(self, key: str, *default: Any) -> float:
+        value = self.value(key, *default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{self.source}: '{key}' should be a number, it is {value!r}.")
+        return float(value)
 
     def per_layer(self, key: str, layers: int, default: Any = None) -> tuple[int, ...]:
         value = self.data.get(key, default)

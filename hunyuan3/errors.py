@@ -15,3 +15,7 @@ class CheckpointError(Hunyuan3Error):
 
 class RequestError(Hunyuan3Error):
     """A request (prompt, size, steps, latent ...) that this checkpoint cannot serve."""
+
+
+class OutOfBudgetError(Hunyuan3Error):
+    """Something does not fit the memory that there is; the message says what was asked and what was free."""

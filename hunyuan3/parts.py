@@ -11,9 +11,11 @@ from torch import nn
 from .callbacks import CheckCancelled
 from .checkpoint.keymap import ROUTER_SUFFIX, Slot
 from .checkpoint.load import Transform, load_parameters
+from .errors import RequestError
 from .folder import ModelFolder
 from .moe.router import RouterPrecision
 from .moe.select import MoEBackend, choose_backend, expert_backend, log_choice
+from .ops.attention import AttentionBackend, attention_backend
 from .placement.placed import PlacedModule, units_by_prefix
 from .transformer.model import Hunyuan3Transformer
 from .vae.autoencoder import AutoencoderKLConv3D
@@ -35,6 +37,7 @@ class LoadOptions:
     moe_backend: "auto", "loop" or "grouped" (see moe.select).
     router: "reference" runs the router in the model's dtype, as the reference does; "fp32" always in float32.
     drop_tokens: the reference's capacity rule, for comparisons; None means what config.json says (published: off).
+    attention: "auto", "sdpa" or "math" (see ops.attention).
     """
 
     device: str | torch.device = "auto"
@@ -43,18 +46,21 @@ class LoadOptions:
     moe_backend: MoEBackend = "auto"
     router: RouterPrecision = "reference"
     drop_tokens: bool | None = None
+    attention: AttentionBackend = "auto"
 
     def resolved(self) -> "ResolvedOptions":
-        """Settles what is "auto" on this machine. Raises ValueError for an unknown name."""
-        device = torch.device(_best_device() if self.device == "auto" else self.device)
+        """Settles what is "auto" on this machine. Raises RequestError for what is unknown or does not work here."""
+        device = _device(self.device)
         on_accelerator = device.type != "cpu"
         dtype = _named(DTYPES, "dtype", self.dtype, "bfloat16" if on_accelerator else "float32")
         follows_reference = on_accelerator and dtype == torch.bfloat16
         vae_dtype = _named(VAE_DTYPES, "vae_dtype", self.vae_dtype, "float16" if follows_reference else "float32")
         if self.router not in ("reference", "fp32"):
-            raise ValueError(f"router is {self.router!r}; it must be reference or fp32.")
+            raise RequestError(f"router is {self.router!r}; it must be reference or fp32.")
         backend, reason = choose_backend(self.moe_backend, device, dtype)
-        return ResolvedOptions(device, dtype, vae_dtype, backend, reason, self.router, self.drop_tokens)
+        attention_backend(self.attention)  # refuses unknown names now, not after loading
+        attention = "sdpa" if self.attention == "auto" else self.attention
+        return ResolvedOptions(device, dtype, vae_dtype, backend, reason, self.router, self.drop_tokens, attention)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class ResolvedOptions:
     moe_reason: str
     router: RouterPrecision
     drop_tokens: bool | None
+    attention: str
 
 
 def place_transformer(
@@ -79,6 +86,7 @@ def place_transformer(
     for layer in model.layers:
         layer.mlp.backend = expert_backend(options.moe_backend)
         layer.mlp.router.precision = options.router
+        layer.self_attn.attend = attention_backend(options.attention)
         if options.drop_tokens is not None:
             layer.mlp.drop_tokens = options.drop_tokens
 
@@ -89,7 +97,7 @@ def place_transformer(
 
 
 def place_vae(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
-    """The VAE, unloaded. In float16 its weights go through bfloat16: the reference's loader holds them so (spec 2.4)."""
+    """The VAE, unloaded. In float16 its weights go through bfloat16, as the reference holds them (spec 2.4)."""
     transform = _through_bfloat16 if options.vae_dtype == torch.float16 else None
     model = folder.empty_vae().eval()
     return _place("VAE", model, folder, folder.vae_slots, options, lambda _name: options.vae_dtype, transform)
@@ -148,8 +156,20 @@ def _through_bfloat16(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.
 
 def _named(table: dict[str, torch.dtype], what: str, name: str, default: str) -> torch.dtype:
     if name != "auto" and name not in table:
-        raise ValueError(f"{what} is {name!r}; it must be auto, {', '.join(table)}.")
+        raise RequestError(f"{what} is {name!r}; it must be auto, {', '.join(table)}.")
     return table[default if name == "auto" else name]
+
+
+def _device(asked: str | torch.device) -> torch.device:
+    if asked == "auto":
+        return torch.device(_best_device())
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"device is {str(asked)!r}, which does not work here ({reason}). Choose 'auto'.") from error
+    return device
 
 
 def _best_device() -> Literal["cuda", "mps", "cpu"]:

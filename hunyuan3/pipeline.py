@@ -11,11 +11,13 @@ Example::
     model.pictures(run.latents)[0].save("fox.png")
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from .callbacks import CheckCancelled, Progress, never_cancelled, no_progress
 from .conditioning import Conditioning, make_conditioning
@@ -113,6 +115,35 @@ class Hunyuan3:
                 "Load with vae_dtype float32."
             )
         return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous().cpu()
+
+    def encode(
+        self,
+        pixels: torch.Tensor,
+        *,
+        tile_size: int | None = None,
+        check_cancelled: CheckCancelled = never_cancelled,
+    ) -> torch.Tensor:
+        """Pixels (B, H, W, 3) in [0, 1] -> unscaled latents (B, C, H/16, W/16), float32 on the CPU.
+
+        The mean of the VAE's posterior, so the same picture always gives the same latent. Raises RequestError for
+        sizes that are no multiple of 16, among them 0.
+        """
+        if pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.numel():
+            raise RequestError(
+                f"pixels has the shape {list(pixels.shape)}; it must be [B, height, width, 3], not empty."
+            )
+        scaled = (pixels.permute(0, 3, 1, 2).float() * 2 - 1).to(self.options.device)
+        posterior = self.vae().encode(scaled, tile_size=tile_size, check_cancelled=check_cancelled)
+        return posterior.mode().float().cpu()
+
+    def vae_fingerprint(self) -> str:
+        """Sixteen hex digits that tell this folder's VAE from another; reads three small tensors, not the VAE."""
+        names = ("vae.encoder.conv_in.weight", "vae.encoder.conv_out.weight", "vae.decoder.conv_out.weight")
+        digest = hashlib.sha256()
+        for name in names:
+            with safe_open(self.folder.index[name].file, framework="pt") as file:
+                digest.update(file.get_tensor(name).to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def pictures(self, latents: torch.Tensor, *, tile_size: int | None = None) -> list[Image.Image]:
         """Unscaled latents (B, C, h, w) -> PIL pictures."""

@@ -6,7 +6,8 @@ from .folders import register
 from .loader import Hunyuan3Loader
 from .resolution import Hunyuan3Resolution
 from .sampler import Hunyuan3Sampler
-from .vae import Hunyuan3VAEDecode
+from .step_cache import Hunyuan3StepCache
+from .vae import Hunyuan3VAEDecode, Hunyuan3VAEEncode
 
 
 class Hunyuan3Extension(ComfyExtension):
@@ -23,4 +24,6 @@ class Hunyuan3Extension(ComfyExtension):
             Hunyuan3Resolution,
             Hunyuan3Sampler,
             Hunyuan3VAEDecode,
+            Hunyuan3VAEEncode,
+            Hunyuan3StepCache,
         ]

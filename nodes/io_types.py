@@ -8,6 +8,7 @@ from .memory import PartPatcher
 
 HunyuanModel = io.Custom("HUNYUAN3_MODEL")
 HunyuanConditioning = io.Custom("HUNYUAN3_CONDITIONING")
+HunyuanStepCache = io.Custom("HUNYUAN3_STEP_CACHE")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from ..hunyuan3.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from ..hunyuan3.config import VARIANTS
 from ..hunyuan3.errors import RequestError
 from ..hunyuan3.moe.select import MOE_BACKENDS
+from ..hunyuan3.ops.attention import ATTENTION_BACKENDS
 from ..hunyuan3.parts import DTYPES, VAE_DTYPES
 from ..hunyuan3.pipeline import Hunyuan3
 from .compat import io, schema
@@ -81,6 +82,13 @@ class Hunyuan3Loader(io.ComfyNode):
                     optional=True,
                     tooltip="Precision of the VAE. 'auto': float16 on a GPU as the reference has it, else float32.",
                 ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTION_BACKENDS),
+                    default="auto",
+                    optional=True,
+                    tooltip="'auto' and 'sdpa': PyTorch's fused attention. 'math': written out, slow, for comparisons.",
+                ),
             ],
             outputs=[HunyuanModel.Output("model", display_name="model", tooltip="For all other Hunyuan3 nodes.")],
             hidden=[io.Hidden.unique_id],
@@ -105,6 +113,7 @@ class Hunyuan3Loader(io.ComfyNode):
         moe_backend: str = "auto",
         router: str = "reference",
         vae_dtype: str = "auto",
+        attention: str = "auto",
     ) -> io.NodeOutput:
         model = Hunyuan3.open(
             checkpoint_path(checkpoint),
@@ -114,6 +123,7 @@ class Hunyuan3Loader(io.ComfyNode):
             vae_dtype=vae_dtype,
             moe_backend=moe_backend,
             router=router,
+            attention=attention,
         )
         handle = ModelHandle(
             name=checkpoint,
@@ -133,6 +143,7 @@ def describe(handle: ModelHandle) -> str:
     return (
         f"{handle.name}: {handle.model.folder.variant}, {size:.2f} GiB in {_short(options.dtype)} on {options.device}; "
         f"experts: {options.moe_backend} ({options.moe_reason}); router: {options.router}; "
+        f"attention: {options.attention}; "
         f"VAE: {_short(options.vae_dtype)}"
     )
 

@@ -124,6 +124,11 @@ def bring_to_device(part: PartPatcher, memory_required: int, progress: Callable[
         part.progress = no_progress
 
 
+def most_free_memory(device: torch.device) -> float:
+    """Bytes that ComfyUI could free on a device by evicting every model."""
+    return mm.get_total_memory(device) - mm.extra_reserved_memory()
+
+
 def _host_has_room(nbytes: int) -> bool:
     """Whether evicted weights may stay in host memory: it must keep a tenth of itself free."""
     cpu = torch.device("cpu")

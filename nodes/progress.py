@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
@@ -28,6 +29,11 @@ class NodeProgress:
         self._stage, self._last = stage, now
         self.text(f"{stage}: {100 * done // max(total, 1)} %")
         comfy.utils.ProgressBar(total, node_id=self.node_id).update_absolute(done)
+
+    def step(self, stage: str, done: int, total: int, preview: Any = None) -> None:
+        """Moves the bar by a step and shows the preview, if there is one. Never skipped, unlike a mere count."""
+        self.text(f"{stage}: step {done} of {total}")
+        comfy.utils.ProgressBar(total, node_id=self.node_id).update_absolute(done, total, preview)
 
     def text(self, text: str) -> None:
         """Shows a line of text on the node."""

@@ -4,12 +4,15 @@ from typing import Any
 
 from ..hunyuan3.conditioning import Conditioning
 from ..hunyuan3.generate.noise import NOISE_SOURCES
+from ..hunyuan3.generate.taylor import TaylorOptions
 from ..hunyuan3.placement.estimate import sampling_bytes
 from ..hunyuan3.run import SamplingRun
 from .compat import io, schema
-from .io_types import HunyuanConditioning, HunyuanModel, ModelHandle
+from .io_types import HunyuanConditioning, HunyuanModel, HunyuanStepCache, ModelHandle
 from .memory import bring_to_device
+from .preview import PREVIEW_MODES, previewer_for
 from .progress import NodeProgress, check_cancelled
+from .vae import require_room_to_decode
 
 
 class Hunyuan3Sampler(io.ComfyNode):
@@ -80,6 +83,26 @@ class Hunyuan3Sampler(io.ComfyNode):
                     optional=True,
                     tooltip="With a latent: how much of it is drawn anew. 1: all of it, 0: nothing.",
                 ),
+                HunyuanStepCache.Input(
+                    "step_cache", optional=True, tooltip="Optional: from Hunyuan3 Step Cache, for long runs."
+                ),
+                io.Combo.Input(
+                    "preview",
+                    options=list(PREVIEW_MODES),
+                    default="auto",
+                    optional=True,
+                    tooltip="'auto': show the picture while it is drawn, with ComfyUI's preview method if one is set.",
+                ),
+                io.Combo.Input(
+                    "cfg_mode",
+                    options=["batched", "sequential"],
+                    default="batched",
+                    optional=True,
+                    tooltip=(
+                        "How the two branches of guidance run: together, or one after the other, which needs less "
+                        "memory and gives the same picture. Distil has one branch."
+                    ),
+                ),
             ],
             outputs=[
                 io.Latent.Output("latent_out", display_name="latent", tooltip="For Hunyuan3 VAE Decode."),
@@ -101,6 +124,9 @@ class Hunyuan3Sampler(io.ComfyNode):
         noise: str = "comfy",
         latent: dict[str, Any] | None = None,
         denoise: float = 1.0,
+        step_cache: TaylorOptions | None = None,
+        preview: str = "auto",
+        cfg_mode: str = "batched",
     ) -> io.NodeOutput:
         core = model.model
         # Every setting is checked before any weight is loaded.
@@ -116,15 +142,20 @@ class Hunyuan3Sampler(io.ComfyNode):
             noise=noise,
             latent=None if latent is None else latent["samples"],
             denoise=denoise,
+            taylor=step_cache,
+            one_branch_at_a_time=cfg_mode == "sequential",
             check_cancelled=check_cancelled,
         )
         progress = NodeProgress(cls.hidden.unique_id)
+        require_room_to_decode(model, conditioning.size)
+        previewer = previewer_for(model, preview, progress)
         rows = conditioning.rows
-        num_rows = run.settings.batch_size * len(rows.branches)
+        num_rows = run.settings.batch_size * (1 if cfg_mode == "sequential" else len(rows.branches))
         work = sampling_bytes(core.folder.config, num_rows, len(rows.sequence), core.options.dtype)
         bring_to_device(model.transformer, work, progress)
         for step in run:
-            progress("draw", step.step + 1, step.steps)
+            picture = None if previewer is None else previewer(step.predicted_clean)
+            progress.step("draw", step.step + 1, step.steps, picture)
         info = describe(model, run)
         progress.report(info)
         return io.NodeOutput({"samples": run.latents}, info, ui={"text": [info]})
@@ -144,6 +175,8 @@ def describe(model: ModelHandle, run: SamplingRun) -> str:
     ]
     if used.batch_size > 1:
         parts.append(f"batch of {used.batch_size}")
+    if used.taylor is not None:
+        parts.append(f"step cache every {used.taylor.interval}")
     if used.denoise < 1:
         parts.append(f"denoise {used.denoise:g}")
     return ", ".join(parts)

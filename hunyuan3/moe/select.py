@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from ..errors import RequestError
 from . import grouped, loop
 from .dispatch import Dispatch
 from .weights import ExpertWeights
@@ -24,13 +25,18 @@ def expert_backend(name: str) -> ExpertFn:
 
 
 def choose_backend(name: MoEBackend, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(backend, reason) for a device and dtype. Asking by name for one that does not work here raises ValueError."""
+    """(backend, reason) for a device and dtype.
+
+    Raises RequestError for an unknown name, and for one that does not work here: asking by name never falls back.
+    """
+    if name not in MOE_BACKENDS:
+        raise RequestError(f"moe_backend is {name!r}; it must be one of {', '.join(MOE_BACKENDS)}.")
     if name == "loop":
         return "loop", "asked for"
     problem = _grouped_problem(device, dtype)
     if name == "grouped":
         if problem:
-            raise ValueError(f"moe_backend 'grouped' does not work here: {problem}. Choose 'auto' or 'loop'.")
+            raise RequestError(f"moe_backend 'grouped' does not work here: {problem}. Choose 'auto' or 'loop'.")
         return "grouped", "asked for"
     if problem:
         return "loop", problem

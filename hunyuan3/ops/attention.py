@@ -8,14 +8,16 @@ attention: the queries that share a key head are folded into the token axis, so 
 Shapes: B rows, Hq query heads, Hk key heads, G = Hq / Hk, T queries, S keys, D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch.nn import functional as F
 
+from ..errors import RequestError
 from ..types import Span
 
 
@@ -51,32 +53,69 @@ def plan_attention(window: Span, full_spans: Sequence[Span]) -> AttentionPlan:
     return tuple(runs)
 
 
-def span_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+def span_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, attend: "AttendFn"
+) -> torch.Tensor:
     """Attention of queries (B, Hq, T, D) over keys and values (B, Hk, S, D) -> (B, T, Hq * D).
 
-    The queries are those of `plan`, in order; key j is the key at position j, so S >= the plan's end.
+    The queries are those of `plan`, in order; key j is the key at position j, so S >= the plan's end. `attend` is one
+    of the backends below.
     """
-    groups = q.shape[1] // k.shape[1]
     offset = plan[0].start
-    outputs = []
-    for run in plan:
-        q_run = q[:, :, run.start - offset : run.stop - offset]
-        k_run, v_run = k[:, :, : run.stop], v[:, :, : run.stop]
-        outputs.append(_attend(q_run, k_run, v_run, groups, None if run.full else run.start))
+    outputs = [
+        attend(
+            q[:, :, run.start - offset : run.stop - offset],
+            k[:, :, : run.stop],
+            v[:, :, : run.stop],
+            # A single causal query at the end sees every key, too.
+            not run.full and run.stop - run.start > 1,
+        )
+        for run in plan
+    ]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return rearrange(out, "b h t d -> b t (h d)")
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: int, causal_from: int | None) -> torch.Tensor:
-    """One run. `causal_from`: the position of its first query if it is causal, None if it sees every key."""
-    if causal_from is None or q.shape[2] == 1:  # a single causal query at the end sees every key, too
+AttendFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+"""`attend(q, k, v, causal)`: q (B, Hq, T, D), k and v (B, Hk, S, D) -> (B, Hq, T, D).
+
+Every query sees every key, or if `causal` the last query sees all keys and each earlier one a key less.
+"""
+
+
+def attend_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """PyTorch's fused attention, which picks a kernel for the device."""
+    groups = q.shape[1] // k.shape[1]
+    if not causal:
         folded = rearrange(q, "b (h g) t d -> b h (g t) d", g=groups)
         out = F.scaled_dot_product_attention(folded, k, v)
         return rearrange(out, "b h (g t) d -> b (h g) t d", g=groups)
-    if causal_from == 0:
+    if q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
     mask = _lower_right(q.shape[2], k.shape[2], q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+
+
+def attend_math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Attention written out, softmax in float32: the reference for the others. Holds all T x S weights."""
+    grouped = rearrange(q, "b (h g) t d -> b h g t d", h=k.shape[1])
+    scores = (grouped @ k.unsqueeze(2).transpose(-2, -1)).float() * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(~_lower_right(q.shape[2], k.shape[2], q.device), float("-inf"))
+    out = scores.softmax(dim=-1).to(v.dtype) @ v.unsqueeze(2)
+    return rearrange(out, "b h g t d -> b (h g) t d")
+
+
+AttentionBackend = Literal["auto", "sdpa", "math"]
+ATTENTION_BACKENDS: tuple[AttentionBackend, ...] = ("auto", "sdpa", "math")
+_BACKENDS: dict[str, AttendFn] = {"auto": attend_sdpa, "sdpa": attend_sdpa, "math": attend_math}
+
+
+def attention_backend(name: str) -> AttendFn:
+    """The function of a named backend; "auto" is "sdpa". Raises RequestError for another name."""
+    if name not in _BACKENDS:
+        raise RequestError(f"attention is {name!r}; it must be one of {', '.join(_BACKENDS)}.")
+    return _BACKENDS[name]
 
 
 @lru_cache(maxsize=8)

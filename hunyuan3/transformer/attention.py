@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import nn
 
 from ..config import ModelConfig
-from ..ops.attention import AttentionPlan, span_attention
+from ..ops.attention import AttendFn, AttentionPlan, attend_sdpa, span_attention
 from ..ops.rope import apply_rope
 from .kv_cache import KVCache
 from .layers import RMSNorm
@@ -24,6 +24,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.query_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.key_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.attend: AttendFn = attend_sdpa
 
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], plan: AttentionPlan, cache: KVCache
@@ -38,7 +39,7 @@ class SelfAttention(nn.Module):
         """
         q, k, v = self.project(x, rope)
         k, v = cache.write(self.layer, plan[0].start, k, v)
-        return self.o_proj(span_attention(q, k, v, plan))
+        return self.o_proj(span_attention(q, k, v, plan, self.attend))
 
     def project(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]

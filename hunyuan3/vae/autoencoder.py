@@ -107,19 +107,6 @@ class AutoencoderKLConv3D(nn.Module):
         tiling = Tiling.of_pixels(tile_size, self.config.ffactor_spatial)
         return torch.cat([tiled_decode(picture, z, tiling, check_cancelled) for z in latents.split(1)])
 
-    def scale(self, latents: Tensor) -> Tensor:
-        """Latents as encoded -> latents as the transformer sees them: `(z - shift) * scaling` (spec 8.10)."""
-        if self.config.shift_factor is not None:
-            latents = latents - self.config.shift_factor
-        return latents * self.config.scaling_factor
-
-    def unscale(self, latents: Tensor) -> Tensor:
-        """The inverse of `scale`: `z / scaling + shift`."""
-        latents = latents / self.config.scaling_factor
-        if self.config.shift_factor is not None:
-            latents = latents + self.config.shift_factor
-        return latents
-
 
 class Encoder(nn.Module):
     """Frames -> mean and log-variance of the latents, as channels."""

@@ -1,0 +1,78 @@
+"""The picture that shows while it is drawn: the predicted clean latent through one small linear map."""
+
+import json
+from pathlib import Path
+
+import folder_paths
+import latent_preview
+import torch
+from comfy.latent_formats import LatentFormat
+
+from ..hunyuan3.vae.preview import PreviewFactors, fit_preview
+from .io_types import ModelHandle
+from .memory import bring_to_device
+from .progress import NodeProgress, check_cancelled
+
+PREVIEW_MODES = ("auto", "off")
+_ENLARGED = 4  # a latent pixel stands for 16 x 16 pixels; a page shows previews at their own size
+
+PreviewImage = tuple[str, object, int]
+"""What ComfyUI's progress hook takes: (format, PIL picture, largest side)."""
+
+
+class StepPreviewer:
+    """Makes a preview of each step: with the method that ComfyUI was started with, else with our own map."""
+
+    def __init__(self, model: ModelHandle, factors: PreviewFactors) -> None:
+        self.vae = model.model.folder.config.vae
+        latent_format = _latent_format(self.vae.latent_channels, factors)
+        chosen = latent_preview.get_previewer(model.model.options.device, latent_format)
+        self.previewer = chosen or latent_preview.Latent2RGBPreviewer(
+            latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+        )
+
+    def __call__(self, predicted_clean: torch.Tensor) -> PreviewImage:
+        """Predicted clean latents (B, C, h, w), scaled -> a preview of the first."""
+        latents = self.vae.unscale(predicted_clean[:1].float())
+        kind, picture, largest = self.previewer.decode_latent_to_preview_image("JPEG", latents)
+        side = max(picture.size)
+        if side * _ENLARGED <= largest:
+            picture = picture.resize((picture.width * _ENLARGED, picture.height * _ENLARGED))
+        return kind, picture, largest
+
+
+def previewer_for(model: ModelHandle, mode: str, progress: NodeProgress) -> StepPreviewer | None:
+    """The previewer of a run, or None when previews are off. Fits the map the first time a VAE is met."""
+    if mode == "off":
+        return None
+    path = Path(folder_paths.get_user_directory()) / "hunyuan3" / "previews" / f"{model.model.vae_fingerprint()}.json"
+    factors = _read(path)
+    if factors is None:
+        bring_to_device(model.vae, 0, progress)
+        progress.text("prepare previews (once per VAE)")
+        factors = fit_preview(model.model.vae(), check_cancelled)
+        _write(path, factors)
+    return StepPreviewer(model, factors)
+
+
+def _latent_format(channels: int, factors: PreviewFactors) -> LatentFormat:
+    """Our latents (unscaled) as ComfyUI's preview code wants them described."""
+    latent_format = LatentFormat()
+    latent_format.latent_channels = channels
+    latent_format.latent_rgb_factors = factors.weight.tolist()
+    latent_format.latent_rgb_factors_bias = factors.bias.tolist()
+    return latent_format
+
+
+def _read(path: Path) -> PreviewFactors | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return PreviewFactors(torch.tensor(data["weight"]), torch.tensor(data["bias"]))
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return None  # not fitted yet, or cut off in writing: fitted again
+
+
+def _write(path: Path, factors: PreviewFactors) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = {"weight": factors.weight.tolist(), "bias": factors.bias.tolist()}
+    path.write_text(json.dumps(data), encoding="utf-8")
