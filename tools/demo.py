@@ -1,0 +1,118 @@
+"""Make a picture with this package in a real ComfyUI, on a machine that has only Python 3.10 or newer.
+
+    python3 tools/demo.py [--prompt TEXT] [--variant instruct] [--keep-open]
+
+Sets up a ComfyUI beside nothing you have (see testbed.py), writes a tiny checkpoint in the official layout, starts the
+server with this package in it, queues workflows/api/text_to_image.json through the HTTP API and writes the picture to
+`output/` in the current folder. The tiny checkpoint's weights are random: the picture is abstract noise. What this
+shows is that every part is in place and works together; the pictures come with the real weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import testbed
+from tools.comfy_server import MODELS, PACKAGE, ComfyServer, PromptError, ServerError, with_inputs
+from tools.testbed import REPO, say
+
+WORKFLOW = REPO / "workflows" / "api" / "text_to_image.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and return the exit code."""
+    options = _parse(argv)
+    testbed.end_cleanly_on_sigterm()
+    try:
+        _demo(options)
+    except (testbed.TestbedError, ServerError, PromptError) as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    bed = testbed.prepare()
+    name = f"tiny-{options.variant}"
+    with tempfile.TemporaryDirectory(prefix="hunyuan3-demo-") as temporary:
+        say(f"writing a tiny checkpoint ({options.variant}, random weights)")
+        checkpoint = testbed.make_tiny_checkpoint(bed.python, Path(temporary) / name, options.variant)
+        say(f"starting ComfyUI ({bed.comfyui})")
+        with ComfyServer(bed.comfyui, bed.python, checkpoints={name: checkpoint}, port=options.port) as server:
+            say(f"ComfyUI answers at {server.url}; queueing {WORKFLOW.relative_to(REPO).as_posix()}")
+            path = _make_picture(server, name, options.prompt)
+            print(f"\nThe picture: {path}")
+            print("(abstract noise: the tiny checkpoint has random weights; it shows that the parts work together)\n")
+            _print_what_next(server, keep_open=options.keep_open)
+            if options.keep_open:
+                _wait_for_ctrl_c()
+
+
+def _make_picture(server: ComfyServer, checkpoint: str, prompt: str) -> Path:
+    """Queue the shipped workflow, save its first picture in the current folder's output/ and return the path."""
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    workflow = with_inputs(
+        workflow, {"Hunyuan3Loader": {"checkpoint": checkpoint}, "Hunyuan3Conditioning": {"prompt": prompt}}
+    )
+    outputs = server.queue(workflow)
+    images = [image for node in outputs.values() for image in node.get("images", [])]
+    path = _new_file(Path.cwd() / "output")
+    path.write_bytes(server.view(**images[0]))
+    return path
+
+
+def _new_file(folder: Path) -> Path:
+    """Return the first unused name in `folder`: a picture made before is never overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (path := folder / f"hunyuan3_demo_{number:03d}.png").exists():
+        number += 1
+    return path
+
+
+def _print_what_next(server: ComfyServer, *, keep_open: bool) -> None:
+    command = f'python3 "{Path(__file__).resolve()}" --keep-open'
+    if keep_open:
+        print(f"The page: open {server.url} in a browser; Ctrl-C here stops the server.")
+    else:
+        print(f"The page: {command}, then open the address it prints in a browser.")
+    print(
+        f"The workflows are there under Templates > {PACKAGE}.\n\n"
+        "The real weights, in your own ComfyUI:\n"
+        f"  1. put this package into custom_nodes/{PACKAGE} and run, with the Python that runs your ComfyUI,\n"
+        f"     python -m pip install -r custom_nodes/{PACKAGE}/requirements.txt\n"
+        f"  2. put the official checkpoint folder, as it was published, at models/{MODELS}/<folder>\n"
+        "  3. restart ComfyUI and choose <folder> in the loader node"
+    )
+
+
+def _wait_for_ctrl_c() -> None:
+    try:
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        print()
+        say("stopping the server")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompt", default="A red fox in fresh snow at dawn", help="what the picture shows")
+    parser.add_argument("--variant", default="instruct", help="kind of tiny checkpoint (hunyuan3/tiny.py lists them)")
+    parser.add_argument("--keep-open", action="store_true", help="leave the server running until Ctrl-C")
+    parser.add_argument("--port", type=int, default=0, help="the server's port (default: a free one)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""All checks of this package, on a machine that has only Python 3.10 or newer.
+
+    python3 tools/test.py [arguments for pytest]
+
+Sets up the test bed (see testbed.py) and runs ruff, the parity check against the reference's recorded tensors, and
+pytest, the tests in a real ComfyUI included. Every check runs even if one before it failed; the exit code is the worst
+one. The settings of the checks are in pyproject.toml.
+
+Environment: see testbed.py; HUNYUAN3_GOLDEN names the folder of recorded tensors for the parity check.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import testbed
+from tools.testbed import REPO, say
+
+
+class Result(NamedTuple):
+    """How one check ended; `line` is the last line it printed."""
+
+    name: str
+    code: int
+    seconds: float
+    line: str
+
+
+def main(pytest_arguments: Sequence[str]) -> int:
+    """Run every check, print a summary and return the worst exit code."""
+    testbed.end_cleanly_on_sigterm()
+    try:
+        bed = testbed.prepare(tests=True)
+    except testbed.TestbedError as error:
+        say(f"error: {error}")
+        return 1
+    module = [str(bed.python), "-m"]
+    checks = {
+        "ruff check": [*module, "ruff", "check", "--extend-exclude", ".cache", "."],
+        "ruff format": [*module, "ruff", "format", "--check", "--extend-exclude", ".cache", "."],
+        "parity": [*module, "tests.parity", str(golden_dir()), "--allow-missing"],
+        "pytest": [*module, "pytest", *pytest_arguments],
+    }
+    env = testbed.clean_env(COMFYUI_PATH=str(bed.comfyui), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    results = [_run(name, command, env) for name, command in checks.items()]
+    print("\nSummary")
+    for result in results:
+        verdict = "ok    " if result.code == 0 else "FAILED"
+        print(f"  {verdict} {result.name:<12} {result.seconds:6.1f} s  {result.line}")
+    return max(result.code for result in results)
+
+
+def golden_dir() -> Path:
+    """Return the recorded tensors to compare with: HUNYUAN3_GOLDEN, a full set beside the checkout, or our subset."""
+    named = os.environ.get("HUNYUAN3_GOLDEN")
+    if named:
+        return Path(named).expanduser().resolve()
+    beside = REPO.parent / "shared" / "golden"
+    return beside if beside.is_dir() else REPO / "tests" / "golden"
+
+
+def _run(name: str, command: list[str], env: dict[str, str]) -> Result:
+    """Run one check, show what it prints as it comes, and keep its last line for the summary."""
+    print(f"\n=== {name}", flush=True)
+    started = time.monotonic()
+    last = ""
+    process = subprocess.Popen(
+        command,
+        cwd=REPO,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    try:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    except KeyboardInterrupt:  # Ctrl-C went to the check as well, which now tidies up
+        raise
+    except BaseException:
+        process.terminate() if os.name == "nt" else process.send_signal(signal.SIGINT)
+        raise
+    finally:
+        code = process.wait()
+    # A process ended by a signal has a negative code on POSIX: that must not pass for better than 0.
+    return Result(name, abs(code), time.monotonic() - started, last.strip("= "))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
