@@ -14,7 +14,7 @@ import torch
 from accelerate import init_empty_weights
 
 from .checkpoint.index import CheckpointIndex
-from .checkpoint.keymap import Slot, transformer_slots, vae_slots, vision_shapes
+from .checkpoint.keymap import Slot, transformer_slots, vae_slots, vision_slots
 from .checkpoint.load import check_complete
 from .config import VARIANTS, GenerationConfig, ModelConfig, Variant, detect_variant
 from .errors import CheckpointError, RequestError, UnsupportedConfigError
@@ -25,6 +25,7 @@ from .text.template import TEMPLATES, Template
 from .text.tokenizer import Tokenizer
 from .transformer.model import Hunyuan3Transformer
 from .vae.autoencoder import AutoencoderKLConv3D
+from .vision.siglip2 import Vision
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class ModelFolder:
             system_prompts=SystemPrompts.from_folder(path),
             resolutions=ResolutionTable.build(config.image_base_size, len(tokens.ratios)),
         )
-        check_complete(index, folder.tensor_shapes(), path)
+        check_complete(index, {name: slot.shape for name, slot in folder.networks.all_slots.items()}, path)
         if len(tokenizer) > config.vocab_size:
             raise UnsupportedConfigError(
                 f"{path / 'tokenizer.json'} has {len(tokenizer)} tokens, more than vocab_size {config.vocab_size} of "
@@ -85,14 +86,9 @@ class ModelFolder:
         return TEMPLATES["pretrain" if self.variant == "base" else "instruct"]
 
     @cached_property
-    def transformer_slots(self) -> dict[str, Slot]:
-        """Published tensor name -> place in a `Hunyuan3Transformer`."""
-        return transformer_slots(dict(self.empty_transformer().named_parameters()))
-
-    @cached_property
-    def vae_slots(self) -> dict[str, Slot]:
-        """Published tensor name -> place in an `AutoencoderKLConv3D`."""
-        return vae_slots(dict(self.empty_vae().named_parameters()))
+    def networks(self) -> "Networks":
+        """The networks of this folder, without storage."""
+        return Networks(self.config)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -105,26 +101,37 @@ class ModelFolder:
         digest.update(json.dumps([self.variant, shapes], sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
-    def empty_transformer(self) -> Hunyuan3Transformer:
-        """The transformer on the meta device: shapes, no storage."""
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the transformer's parameters in one dtype."""
+        numbers = sum(torch.Size(slot.shape).numel() for slot in self.networks.transformer_slots.values())
+        return numbers * dtype.itemsize
+
+
+class Networks:
+    """What a configuration describes: networks on the meta device, and where each published tensor goes in them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.transformer_slots = transformer_slots(dict(self.transformer().named_parameters()))
+        self.vae_slots = vae_slots(dict(self.vae().named_parameters()))
+        self.vision_slots = vision_slots(dict(self.vision().named_parameters()))
+
+    @property
+    def all_slots(self) -> dict[str, Slot]:
+        """Published name -> slot of every tensor that a folder must hold."""
+        return {**self.transformer_slots, **self.vae_slots, **self.vision_slots}
+
+    def transformer(self) -> Hunyuan3Transformer:
         with init_empty_weights(include_buffers=True):
             return Hunyuan3Transformer(self.config)
 
-    def empty_vae(self) -> AutoencoderKLConv3D:
-        """The VAE on the meta device."""
+    def vae(self) -> AutoencoderKLConv3D:
         with init_empty_weights(include_buffers=True):
             return AutoencoderKLConv3D(self.config.vae)
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the folder must hold, with its shape, as config.json has it."""
-        slots = {**self.transformer_slots, **self.vae_slots}
-        shapes = {name: slot.shape for name, slot in slots.items()}
-        return shapes | vision_shapes(self.config.vision, self.config.hidden_size)
-
-    def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the transformer's parameters in one dtype."""
-        numbers = sum(torch.Size(slot.shape).numel() for slot in self.transformer_slots.values())
-        return numbers * dtype.itemsize
+    def vision(self) -> Vision:
+        with init_empty_weights(include_buffers=True):
+            return Vision(self.config.vision, self.config.hidden_size)
 
 
 def _chosen_variant(asked: str, found: Variant) -> Variant:

@@ -82,7 +82,7 @@ def place_transformer(
 ) -> PlacedModule:
     """The transformer, unloaded; layers are its units. The router's weights stay float32 in every dtype."""
     log_choice(options.moe_backend, options.moe_reason)
-    model = folder.empty_transformer()
+    model = folder.networks.transformer()
     for layer in model.layers:
         layer.mlp.backend = expert_backend(options.moe_backend)
         layer.mlp.router.precision = options.router
@@ -93,14 +93,22 @@ def place_transformer(
     def dtype_of(name: str) -> torch.dtype:
         return torch.float32 if name.endswith(ROUTER_SUFFIX) else options.dtype
 
-    return _place("transformer", model.eval(), folder, folder.transformer_slots, options, dtype_of, transform)
+    return _place("transformer", model.eval(), folder, folder.networks.transformer_slots, options, dtype_of, transform)
 
 
 def place_vae(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
     """The VAE, unloaded. In float16 its weights go through bfloat16, as the reference holds them (spec 2.4)."""
     transform = _through_bfloat16 if options.vae_dtype == torch.float16 else None
-    model = folder.empty_vae().eval()
-    return _place("VAE", model, folder, folder.vae_slots, options, lambda _name: options.vae_dtype, transform)
+    model = folder.networks.vae().eval()
+    return _place("VAE", model, folder, folder.networks.vae_slots, options, lambda _name: options.vae_dtype, transform)
+
+
+def place_vision(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
+    """The vision tower and its aligner, unloaded, in the transformer's dtype."""
+    model = folder.networks.vision().eval()
+    return _place(
+        "vision tower", model, folder, folder.networks.vision_slots, options, lambda _name: options.dtype, None
+    )
 
 
 def load_transformer(folder: ModelFolder, options: ResolvedOptions) -> Hunyuan3Transformer:

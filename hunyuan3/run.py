@@ -169,7 +169,7 @@ class SamplingRun:
 
 def require_latents(latents: torch.Tensor, vae: VAEConfig, what: str) -> None:
     """Raises RequestError unless these are finite latents (B, C, h, w) with this model's number of channels."""
-    if latents.ndim != 4 or latents.shape[1] != vae.latent_channels:
+    if latents.ndim != 4 or latents.shape[1] != vae.latent_channels or not latents.numel():
         raise RequestError(
             f"{what} has the shape {list(latents.shape)}; this model's are [B, {vae.latent_channels}, height/16, "
             "width/16]. Is it from another model?"

@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .checkpoint.index import INDEX_NAME
-from .checkpoint.keymap import transformer_slots, vae_slots, vision_shapes
 from .config import VARIANTS, ModelConfig, Variant
-from .transformer.model import Hunyuan3Transformer
-from .vae.autoencoder import AutoencoderKLConv3D
+from .folder import Networks
 
 _LAYERS = 3
 _BASE_SIZE = 256
@@ -223,16 +220,12 @@ def _tokenizer_config() -> dict[str, Any]:
 
 
 def _write_weights(out: Path, config: ModelConfig, seed: int) -> None:
-    with init_empty_weights(include_buffers=True):
-        transformer, vae = Hunyuan3Transformer(config), AutoencoderKLConv3D(config.vae)
-    slots = transformer_slots(dict(transformer.named_parameters())) | vae_slots(dict(vae.named_parameters()))
-    shapes = {name: slot.shape for name, slot in slots.items()} | vision_shapes(config.vision, config.hidden_size)
-    tensors = {name: _random_weight(name, shape, seed) for name, shape in shapes.items()}
+    tensors = {name: _random_weight(name, slot.shape, seed) for name, slot in Networks(config).all_slots.items()}
     names = sorted(tensors)
     weight_map = {}
     for shard in range(_SHARDS):  # membership is arbitrary in the published folders, too: experts straddle shards
         file = f"model-{shard + 1:04d}-of-{_SHARDS:04d}.safetensors"
-        part = names[shard * len(names) // _SHARDS : (shard + 1) * len(names) // _SHARDS]
+        part = names[shard::_SHARDS]
         save_file({name: tensors[name] for name in part}, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -247,7 +240,7 @@ def _random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor
     elif len(shape) == 1:
         values = torch.ones(shape)
     else:
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))  # it takes 32 bits, no more
         is_table = name.endswith(("wte.weight", "position_embedding.weight"))
         scale = 1.0 if is_table else 1 / math.sqrt(math.prod(shape[1:]))
         values = torch.randn(shape, generator=generator) * scale

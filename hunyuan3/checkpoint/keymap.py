@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import VisionConfig
-
 ROUTER_SUFFIX = "mlp.router.weight"
 
 
@@ -44,6 +42,20 @@ _TRANSFORMER_FRAGMENTS = (
     ("_emb.mlp.0.", "_emb.fc1."),
     ("_emb.mlp.2.", "_emb.fc2."),
 )
+_VISION_FRAGMENTS = (
+    ("vision_model.embeddings.patch_embedding.", "tower.patch_embedding."),
+    ("vision_model.embeddings.position_embedding.", "tower.position_embedding."),
+    ("vision_model.encoder.layers.", "tower.layers."),
+    ("vision_model.post_layernorm.", "tower.post_layernorm."),
+    (".self_attn.q_proj.", ".q_proj."),
+    (".self_attn.k_proj.", ".k_proj."),
+    (".self_attn.v_proj.", ".v_proj."),
+    (".self_attn.out_proj.", ".out_proj."),
+    (".mlp.fc1.", ".fc1."),
+    (".mlp.fc2.", ".fc2."),
+    ("vision_aligner.layers.0.", "aligner.fc1."),
+    ("vision_aligner.layers.2.", "aligner.fc2."),
+)
 _UNDER_MODEL = ("wte.", "layers.", "ln_f.")
 _EXPERT_BANKS = {"gate_up": "gate_and_up_proj", "down": "down_proj"}
 _BANK_NAME = re.compile(r"(layers\.\d+\.mlp\.experts)\.(gate_up|down)")
@@ -55,7 +67,9 @@ def transformer_slots(parameters: Mapping[str, torch.Tensor]) -> dict[str, Slot]
     for parameter, tensor in parameters.items():
         bank = _BANK_NAME.fullmatch(parameter)
         if bank is None:
-            slots[_published_name(parameter)] = Slot(parameter, None, tuple(tensor.shape))
+            name = _published_name(parameter, _TRANSFORMER_FRAGMENTS)
+            name = f"model.{name}" if name.startswith(_UNDER_MODEL) else name
+            slots[name] = Slot(parameter, None, tuple(tensor.shape))
             continue
         for expert in range(tensor.shape[0]):
             name = f"model.{bank[1]}.{expert}.{_EXPERT_BANKS[bank[2]]}.weight"
@@ -68,32 +82,12 @@ def vae_slots(parameters: Mapping[str, torch.Tensor]) -> dict[str, Slot]:
     return {f"vae.{name}": Slot(name, None, tuple(tensor.shape)) for name, tensor in parameters.items()}
 
 
-def vision_shapes(vision: VisionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape of the vision tower and its aligner; for checking a folder without building them."""
-    width, mlp = vision.hidden_size, vision.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "vision_model.embeddings.position_embedding.weight": (vision.num_positions, width)
+def vision_slots(parameters: Mapping[str, torch.Tensor]) -> dict[str, Slot]:
+    """Published name -> slot, for every parameter of a (meta) `Vision`, tower and aligner."""
+    return {
+        _published_name(name, _VISION_FRAGMENTS): Slot(name, None, tuple(tensor.shape))
+        for name, tensor in parameters.items()
     }
-
-    def linear(name: str, out_features: int, in_features: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out_features, in_features), (out_features,)
-
-    def norm(name: str) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
-
-    linear("vision_model.embeddings.patch_embedding", width, vision.num_channels * vision.patch_size**2)
-    for index in range(vision.num_layers):
-        layer = f"vision_model.encoder.layers.{index}"
-        norm(f"{layer}.layer_norm1")
-        norm(f"{layer}.layer_norm2")
-        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            linear(f"{layer}.self_attn.{projection}", width, width)
-        linear(f"{layer}.mlp.fc1", mlp, width)
-        linear(f"{layer}.mlp.fc2", width, mlp)
-    norm("vision_model.post_layernorm")
-    linear("vision_aligner.layers.0", hidden_size, width)
-    linear("vision_aligner.layers.2", hidden_size, hidden_size)
-    return shapes
 
 
 def is_unused(name: str) -> bool:
@@ -101,7 +95,7 @@ def is_unused(name: str) -> bool:
     return name.startswith("vision_model.head.")
 
 
-def _published_name(parameter: str) -> str:
-    for published, ours in reversed(_TRANSFORMER_FRAGMENTS):
+def _published_name(parameter: str, fragments: tuple[tuple[str, str], ...]) -> str:
+    for published, ours in reversed(fragments):
         parameter = parameter.replace(ours, published)
-    return f"model.{parameter}" if parameter.startswith(_UNDER_MODEL) else parameter
+    return parameter
