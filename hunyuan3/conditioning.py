@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from .errors import RequestError
 from .folder import ModelFolder
-from .generate.denoise import SequenceRows
+from .generate.rows import SequenceRows
 from .image.resolution import Resolution
 from .text.sequence import REFERENCE, SAFE, conditional_pair, full_attention_spans, rope_grids
 from .text.template import OutputPicture, request_messages

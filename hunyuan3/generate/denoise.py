@@ -1,8 +1,9 @@
 """The denoise loop: from noise to clean latents, one velocity per step (spec 8).
 
-The first step runs the whole sequence and fills the key-value cache. Everything before the picture depends on text
-alone, so later steps run only the control tokens and the picture's tokens against that cache; the picture's own
-positions in it are overwritten each time. Without capacity dropping this equals recomputing everything.
+The first step runs the whole sequence and fills the key-value cache. Everything before the picture depends on text and
+input pictures alone, so later steps run only the control tokens and the picture's tokens against that cache; the
+picture's own positions in it are overwritten each time. Where a prefix store already holds the beginning, the first
+step starts behind it. Without capacity dropping all of this equals recomputing everything.
 
 B pictures of one request, R branches (conditional, unconditional); rows of a pass are all conditional ones, then all
 unconditional ones.
@@ -15,35 +16,14 @@ import torch
 
 from ..callbacks import CheckCancelled, never_cancelled
 from ..errors import RequestError
-from ..ops.attention import plan_attention
+from ..ops.attention import AttentionPlan, plan_attention
 from ..ops.rope import rope_positions, rope_table
 from ..transformer.model import Hunyuan3Transformer, OnLayer
-from ..types import Grid, Span, TokenSequence
+from ..types import Span, TokenSequence
+from .prefix import PrefixStore
+from .rows import SequenceRows, embed_rows
 from .schedule import TIME_SCALE, Schedule
 from .taylor import TaylorCache, TaylorOptions
-
-
-@dataclass(frozen=True)
-class SequenceRows:
-    """The branches of one request: rows of equal geometry, with what the network must know of it.
-
-    branches: the conditional row, and the unconditional one where there is guidance by two branches.
-    full_spans: spans whose tokens see each other both ways. grids: what lies on the two rotary axes.
-    """
-
-    branches: tuple[TokenSequence, ...]
-    full_spans: tuple[Span, ...]
-    grids: tuple[tuple[Span, Grid], ...]
-
-    def __post_init__(self) -> None:
-        first = self.branches[0]
-        for other in self.branches[1:]:
-            assert len(other) == len(first) and other.runs == first.runs, "branches must share their geometry"
-
-    @property
-    def sequence(self) -> TokenSequence:
-        """The conditional row; its geometry is every row's."""
-        return self.branches[0]
 
 
 @dataclass(frozen=True)
@@ -74,6 +54,7 @@ def denoise(
     *,
     taylor: TaylorOptions | None = None,
     one_branch_at_a_time: bool = False,
+    prefixes: PrefixStore | None = None,
     check_cancelled: CheckCancelled = never_cancelled,
     on_layer: OnLayer | None = None,
 ) -> Iterator[DenoiseStep]:
@@ -86,6 +67,8 @@ def denoise(
         taylor: step cache, or None to run every step.
         one_branch_at_a_time: the branches one after the other, for less memory; not with capacity dropping, where
             they compete for the same experts.
+        prefixes: keys and values of earlier requests, used where the beginning is identical, and added to. Not used
+            with capacity dropping, where nothing is independent of what follows.
         check_cancelled: called between layers.
         on_layer: sees the residual stream between layers (for tests and measurements).
     """
@@ -106,6 +89,9 @@ def denoise(
 
     groups = [(branch,) for branch in branches] if one_branch_at_a_time else [branches]
     passes = [_Pass(model, rows, group, latents.shape[0], guidance, schedule.steps, taylor) for group in groups]
+    if prefixes is not None and not model.drops_tokens:
+        for one in passes:
+            one.reuse(prefixes, between_layers)
     times = schedule.times.to(latents.device)
     for step in range(schedule.steps):
         check_cancelled()
@@ -118,6 +104,9 @@ def denoise(
             prediction = raw
         clean = schedule.predicted_clean(latents, prediction, step)
         latents = schedule.euler(latents, prediction, step)
+        if step == 0 and prefixes is not None and not model.drops_tokens:
+            for one in passes:
+                one.keep_prefixes(prefixes)
         yield DenoiseStep(step, schedule.steps, raw, prediction, latents, clean, passes[0].ran_full)
 
 
@@ -137,8 +126,9 @@ class _Pass:
         config, device = model.config, model.device
         sequence = rows.sequence
         self.model = model
-        self.sequence = sequence
-        self.num_branches = len(branches)
+        self.rows = rows
+        self.branches = branches
+        self.batch_size = batch_size
         self.picture = sequence.gen_run
         assert sequence.gen_timestep is not None
         # Control tokens lie directly before the picture's: together they are all that later steps recompute.
@@ -146,13 +136,38 @@ class _Pass:
         self.ids = torch.tensor([b.ids for b in branches], device=device).repeat_interleave(batch_size, dim=0)
         positions = rope_positions(len(sequence), rows.grids).to(device)
         self.rope = rope_table(positions, config.head_dim, config.rope_theta)
-        self.first_plan = plan_attention(Span(0, len(sequence)), rows.full_spans)
-        self.later_plan = plan_attention(self.window, rows.full_spans)
+        self.start = 0  # where the first step begins: everything before is in the cache
         self.cache = model.new_cache(rows=len(self.ids), length=len(sequence))
         # The reference keeps the scaled guidance in bfloat16 (2.5 becomes 2496, not 2500).
         self.guidance = torch.tensor([guidance * TIME_SCALE], dtype=torch.bfloat16, device=device).float()
         self.taylor = TaylorCache(taylor, steps) if taylor else None
         self.ran_full = True
+
+    def reuse(self, prefixes: PrefixStore, on_layer: OnLayer) -> None:
+        """Fills the cache up to the picture from the store, computing for each branch only what it lacks.
+
+        Does nothing if the store knows no beginning of any branch: then the first step runs everything in one pass.
+        """
+        found = [prefixes.find(branch.ids, self.rows) for branch in self.branches]
+        if not any(length for _prefix, length in found):
+            return
+        self.start = self.window.start
+        for index, (branch, (prefix, length)) in enumerate(zip(self.branches, found, strict=True)):
+            length = min(length, self.start)
+            lines = slice(index * self.batch_size, (index + 1) * self.batch_size)
+            if prefix is not None:
+                self.cache.fill(lines, prefix.keys, prefix.values, length)
+            if length < self.start:
+                line = self.cache.view(slice(lines.start, lines.start + 1))
+                ids = torch.tensor([branch.ids], device=self.model.device)
+                x = embed_rows(self.model, ids, self.rows.sequence, self.rows.pictures)[:, length : self.start]
+                self.model(x, *self._geometry(Span(length, self.start)), line, on_layer)
+                self.cache.fill(lines, line.keys, line.values, self.start)
+
+    def keep_prefixes(self, prefixes: PrefixStore) -> None:
+        """Gives each branch's keys and values up to the picture to the store."""
+        for index, branch in enumerate(self.branches):
+            prefixes.keep(branch.ids[: self.window.start], self.rows, self.cache, index * self.batch_size)
 
     def velocity(
         self, step: int, latents: torch.Tensor, t: torch.Tensor, r: torch.Tensor, on_layer: OnLayer
@@ -174,14 +189,20 @@ class _Pass:
         """Runs the stack; returns its output at the window's positions (rows, T, D)."""
         model, window = self.model, self.window
         # Branches see the same latents: embed them once.
-        picture = model.embed_latents(latents, t.view(1)).repeat(self.num_branches, 1, 1)
+        picture = model.embed_latents(latents, t.view(1)).repeat(len(self.branches), 1, 1)
         drawn = torch.cat((self._controls(t, r, len(self.ids)), picture), dim=1)
         if step > 0:
-            rope = (self.rope[0][window.start : window.stop], self.rope[1][window.start : window.stop])
-            return model(drawn, rope, self.later_plan, self.cache, on_layer)
-        x = model.wte(self.ids)
+            return model(drawn, *self._geometry(window), self.cache, on_layer)
+        x = embed_rows(model, self.ids, self.rows.sequence, self.rows.pictures)
         x[:, window.start : window.stop] = drawn
-        return model(x, self.rope, self.first_plan, self.cache, on_layer)[:, window.start : window.stop]
+        span = Span(self.start, x.shape[1])
+        out = model(x[:, span.start :], *self._geometry(span), self.cache, on_layer)
+        return out[:, window.start - span.start : window.stop - span.start]
+
+    def _geometry(self, span: Span) -> tuple[tuple[torch.Tensor, torch.Tensor], AttentionPlan]:
+        """Rotary tables and attention plan of some positions."""
+        cos, sin = (table[span.start : span.stop] for table in self.rope)
+        return (cos, sin), plan_attention(span, self.rows.full_spans)
 
     def _controls(self, t: torch.Tensor, r: torch.Tensor, rows: int) -> torch.Tensor:
         """Embeddings (rows, n, D) of <timestep>, <guidance>, <timestep_r>, those that this model has."""

@@ -4,6 +4,9 @@ The prompt is written once; the positions of the picture being drawn are overwri
 stored rotated and normalised.
 """
 
+import copy
+from collections.abc import Sequence
+
 import torch
 
 
@@ -37,6 +40,18 @@ class KVCache:
         self.keys[layer][:, :, start:stop] = keys
         self.values[layer][:, :, start:stop] = values
         return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+
+    def fill(self, rows: slice, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], length: int) -> None:
+        """Copies the first `length` positions of one row, per layer (1, kv_heads, >= length, head_dim), to `rows`."""
+        for ours, theirs in zip((*self.keys, *self.values), (*keys, *values), strict=True):
+            ours[rows, :, :length] = theirs[:1, :, :length]
+
+    def view(self, rows: slice) -> "KVCache":
+        """Some rows of this cache, sharing its memory."""
+        view = copy.copy(self)
+        view.keys = [keys[rows] for keys in self.keys]
+        view.values = [values[rows] for values in self.values]
+        return view
 
     @property
     def nbytes(self) -> int:

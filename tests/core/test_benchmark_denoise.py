@@ -9,7 +9,17 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.denoise import BRANCHES, PUBLISHED, Flops, Sizes, build_model, build_rows, run
+from benchmarks.denoise import (
+    BRANCHES,
+    PUBLISHED,
+    DisagreementError,
+    Flops,
+    Sizes,
+    TieSettlingRouter,
+    build_model,
+    build_rows,
+    run,
+)
 from benchmarks.reference_way import ReferenceWay, build_masks, mixture_of_experts
 from hunyuan3.moe.capacity import expert_capacity
 from hunyuan3.moe.router import Routing
@@ -72,6 +82,20 @@ def test_refuses_to_report_when_the_ways_disagree(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="differ"):
         run(TINY, repeats=1, seed=0)
     assert "ratio" not in capsys.readouterr().out
+
+
+def test_the_second_way_follows_the_first_in_a_tie_and_only_there():
+    router = TieSettlingRouter(2, 4, top_k=2).requires_grad_(False)
+    router.weight.copy_(torch.tensor([[3.0, 0.0], [1.0, 0.0], [1.0, 1e-6], [-1.0, 1.0]]))
+    first = router(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    assert first.ids.tolist() == [[0, 2], [0, 1]]
+    router.following = True
+    second = router(torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
+    assert second.ids.tolist() == [[0, 2], [0, 1]]
+    torch.testing.assert_close(second.weights, first.weights)
+    assert router.settled == 1
+    with pytest.raises(DisagreementError, match="different experts"):
+        router(torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
 
 
 def test_counted_operations_are_those_that_torch_counts():

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from hunyuan3.conditioning import make_conditioning
 from hunyuan3.errors import RequestError
-from hunyuan3.generate.denoise import SequenceRows, denoise
+from hunyuan3.generate.denoise import denoise
 from hunyuan3.generate.noise import draw_noise
+from hunyuan3.generate.rows import SequenceRows
 from hunyuan3.generate.schedule import Schedule
 from hunyuan3.generate.taylor import TaylorOptions
 from hunyuan3.pipeline import Hunyuan3

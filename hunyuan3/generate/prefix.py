@@ -1,0 +1,93 @@
+"""Keys and values of prompts that were already computed, kept for the next drawing or the next stage.
+
+Everything before the picture depends on text and input pictures alone, so a new seed needs none of it again, and what
+the model thought is drawn from where it stopped. Only an identical beginning counts: same token ids, same pictures,
+and a bidirectional span only as a whole. A store belongs to one set of weights and dies with it.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from ..transformer.kv_cache import KVCache
+from ..types import Span
+from .rows import SequenceRows
+
+_ENTRIES = 4  # two branches of a drawing, and of the text before it or of the drawing before that
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first `len(ids)` positions of one row: per layer keys and values (1, kv_heads, length, head_dim)."""
+
+    ids: tuple[int, ...]
+    pictures: tuple[tuple[Span, str], ...]
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def common_length(self, ids: tuple[int, ...], rows: SequenceRows) -> int:
+        """How many positions of a row with these ids and pictures this prefix holds the keys of."""
+        length = 0
+        for ours, theirs in zip(self.ids, ids, strict=False):
+            if ours != theirs:
+                break
+            length += 1
+        mine, wanted = dict(self.pictures), dict(shown(rows))
+        for span in sorted(mine.keys() | wanted.keys()):
+            if span.start < length and mine.get(span) != wanted.get(span):
+                length = span.start
+        for span in rows.full_spans:
+            if span.start < length < span.stop:
+                length = span.start
+        return length
+
+
+class PrefixStore:
+    """The most recently used prefixes, a handful."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple[tuple[int, ...], tuple[tuple[Span, str], ...]], Prefix] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def find(self, ids: tuple[int, ...], rows: SequenceRows) -> tuple[Prefix | None, int]:
+        """The prefix that covers most of a row, and how much; (None, 0) if none covers anything."""
+        best, length = None, 0
+        for key, entry in self._entries.items():
+            common = entry.common_length(ids, rows)
+            if common > length:
+                best, length = key, common
+        if best is None:
+            return None, 0
+        self._entries.move_to_end(best)
+        return self._entries[best], length
+
+    def keep(self, ids: tuple[int, ...], rows: SequenceRows, cache: KVCache, row: int) -> None:
+        """Keeps the keys and values of the first `len(ids)` positions of one row of a cache (copied)."""
+        length = len(ids)
+        pictures = tuple((span, key) for span, key in shown(rows) if span.stop <= length)
+        keys = tuple(k[row : row + 1, :, :length].clone() for k in cache.keys)
+        values = tuple(v[row : row + 1, :, :length].clone() for v in cache.values)
+        self._entries[ids, pictures] = Prefix(ids, pictures, keys, values)
+        self._entries.move_to_end((ids, pictures))
+        while len(self._entries) > _ENTRIES:
+            self._entries.popitem(last=False)
+
+    def clear(self) -> int:
+        """Gives everything up; returns the bytes freed."""
+        freed = self.nbytes
+        self._entries.clear()
+        return freed
+
+
+def shown(rows: SequenceRows) -> list[tuple[Span, str]]:
+    """The input pictures of a request: the span of each (separator included) and its key."""
+    return [(span, picture.key) for span, picture in zip(rows.sequence.joint_spans, rows.pictures, strict=True)]
