@@ -6,17 +6,19 @@ from .errors import RequestError
 from .folder import ModelFolder
 from .generate.rows import SequenceRows
 from .image.resolution import Resolution
-from .text.sequence import REFERENCE, SAFE, conditional_pair, full_attention_spans, rope_grids
-from .text.template import OutputPicture, request_messages
+from .pictures import EncodedPicture, PosteriorMode
+from .text.sequence import REFERENCE, SAFE, ControlTokens, conditional_pair, full_attention_spans, rope_grids
+from .text.template import InputPicture, Message, OutputPicture, request_messages
 from .text.trace import close_trace, is_complete
-from .types import ImageSize
+from .types import ImageSize, TokenSequence
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """One request, ready for the denoise loop: plain data, cheap to keep, bound to one checkpoint.
 
-    size: of the picture. rows: conditional and, unless the model is distilled, unconditional sequence. system_prompt
+    size: of the picture. rows: conditional and, unless the model is distilled, unconditional sequence, their input
+    pictures not filled in yet. pictures, posterior: the input pictures, and how their latents are drawn. system_prompt
     and trace: the texts as used. checkpoint: fingerprint of the folder it was made for.
     """
 
@@ -26,6 +28,8 @@ class Conditioning:
     system_prompt: str
     trace: str
     checkpoint: str
+    pictures: tuple[EncodedPicture, ...] = ()
+    posterior: PosteriorMode = "fixed"
 
 
 def make_conditioning(
@@ -33,49 +37,85 @@ def make_conditioning(
     prompt: str,
     resolution: Resolution,
     *,
+    pictures: tuple[EncodedPicture, ...] = (),
+    posterior: PosteriorMode = "fixed",
     system_prompt: str = "auto",
     custom_system_prompt: str = "",
     trace: str = "",
     bot_task: str = "image",
+    history: tuple[Message, ...] = (),
     reference: bool = False,
 ) -> Conditioning:
-    """Lays out a text-to-image request.
+    """Lays out a request to draw.
 
     Args:
         prompt: any text, the empty one included.
         resolution: the picture's size, from `folder.resolutions`.
+        pictures: input pictures, those of the history first. posterior: "fixed" or "reference" (see pictures.py).
         system_prompt: "auto" (the checkpoint's own default), "None", "dynamic", "en_vanilla", "en_recaption",
             "en_think_recaption", "en_unified" or "custom".
         custom_system_prompt: the text of "custom".
         trace: thinking or rewritten prompt to draw from, with its tags; a text without tags counts as a rewrite, a
             tag left open is closed. Empty for none.
         bot_task: what "dynamic" goes by.
+        history: earlier turns of the conversation.
         reference: reproduce the reference where this package knows better: control tokens in a prompt, open traces,
             the "dynamic" choice.
 
     Raises RequestError (too long, unknown choice) or CheckpointError (the folder lacks that system prompt).
     """
+    system = system_text(folder, system_prompt, custom_system_prompt, bot_task, reference)
     if trace and not reference:
         trace = close_trace(trace)
         if not is_complete(trace):
             trace = f"<recaption>{trace}</recaption>"
-    control_tokens = REFERENCE if reference else SAFE
-    if system_prompt == "custom" and not reference:
-        control_tokens = replace(control_tokens, system="text")  # the user's words, unlike the checkpoint's prompts
-    choice = folder.generation.use_system_prompt if system_prompt == "auto" else system_prompt
-    system = folder.system_prompts.for_request(choice, bot_task, custom_system_prompt, reference)
-    picture = OutputPicture(grid=resolution.grid, ratio=resolution.ratio)
-    messages = request_messages(prompt, system=system, trace=trace, draw=picture)
+    messages = conversation(prompt, system, pictures, trace, history)
+    messages = (*messages, Message("assistant", OutputPicture(grid=resolution.grid, ratio=resolution.ratio)))
     sections = folder.template.image_sections(messages, drop_think=folder.generation.drop_think)
-    limit = min(folder.generation.max_length, folder.config.max_position_embeddings)
-    pair = conditional_pair(sections, folder.tokens, folder.tokenizer, control_tokens=control_tokens, max_length=limit)
-    attention = folder.config.cond_token_attn_type
-    rows = SequenceRows(
-        branches=pair[:1] if folder.config.cfg_distilled else pair,
-        full_spans=tuple(full_attention_spans(pair[0], attention)),
-        grids=tuple(rope_grids(pair[0], attention)),
+    pair = conditional_pair(
+        sections,
+        folder.tokens,
+        folder.tokenizer,
+        control_tokens=control_tokens(system_prompt, reference),
+        max_length=folder.max_length,
     )
-    return Conditioning(resolution.size, rows, prompt, system, trace, folder.fingerprint)
+    rows = rows_of(folder, pair[:1] if folder.config.cfg_distilled else pair)
+    return Conditioning(resolution.size, rows, prompt, system, trace, folder.fingerprint, pictures, posterior)
+
+
+def system_text(folder: ModelFolder, choice: str, custom: str, bot_task: str, reference: bool = False) -> str:
+    """The system prompt of a request, "" for none. "auto" is the checkpoint's own default."""
+    choice = folder.generation.use_system_prompt if choice == "auto" else choice
+    return folder.system_prompts.for_request(choice, bot_task, custom, reference)
+
+
+def control_tokens(system_prompt: str, reference: bool) -> ControlTokens:
+    """Which control tokens each text of a request may hold."""
+    if reference:
+        return REFERENCE
+    # A custom system prompt is the user's words, unlike the checkpoint's own.
+    return replace(SAFE, system="text") if system_prompt == "custom" else SAFE
+
+
+def conversation(
+    prompt: str, system: str, pictures: tuple[EncodedPicture, ...], trace: str, history: tuple[Message, ...]
+) -> tuple[Message, ...]:
+    """All messages so far: system text, earlier turns, then this turn's pictures, prompt and trace."""
+    shown_before = sum(isinstance(message.content, InputPicture) for message in history)
+    fresh = [picture.in_template() for picture in pictures[shown_before:]]
+    turn = request_messages(prompt, system=system if not history else "", pictures=fresh, trace=trace)
+    opening = (Message("system", system),) if history and system else ()
+    return (*opening, *history, *turn)
+
+
+def rows_of(folder: ModelFolder, branches: tuple[TokenSequence, ...]) -> SequenceRows:
+    """Rows with the geometry that this checkpoint's attention type gives them."""
+    attention = folder.config.cond_token_attn_type
+    return SequenceRows(
+        branches=branches,
+        full_spans=tuple(full_attention_spans(branches[0], attention)),
+        grids=tuple(rope_grids(branches[0], attention)),
+    )
 
 
 def require_made_for(conditioning: Conditioning, folder: ModelFolder) -> None:

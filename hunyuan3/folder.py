@@ -85,6 +85,11 @@ class ModelFolder:
         """How this variant lays out a conversation."""
         return TEMPLATES["pretrain" if self.variant == "base" else "instruct"]
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence: what generation_config.json allows and the rotary table covers."""
+        return min(self.generation.max_length, self.config.max_position_embeddings)
+
     @cached_property
     def networks(self) -> "Networks":
         """The networks of this folder, without storage."""

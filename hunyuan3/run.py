@@ -11,9 +11,12 @@ from .config import VAEConfig
 from .errors import RequestError
 from .folder import ModelFolder
 from .generate.denoise import DenoiseStep, denoise
-from .generate.noise import NOISE_SOURCES, NoiseSource, draw_noise
+from .generate.noise import NOISE_SOURCES, NoiseSource, draw_noise, reference_generators
+from .generate.prefix import PrefixStore
+from .generate.rows import SequenceRows
 from .generate.schedule import Schedule
 from .generate.taylor import TaylorOptions
+from .pictures import show_pictures
 from .transformer.model import Hunyuan3Transformer
 
 
@@ -42,12 +45,14 @@ class SamplingRun:
         conditioning: Conditioning,
         settings: SamplingSettings,
         start: torch.Tensor | None,
+        prefixes: PrefixStore | None,
         check_cancelled: CheckCancelled,
     ) -> None:
         self.vae = vae
         self.transformer = transformer
         self.conditioning = conditioning
         self.settings = settings
+        self.prefixes = prefixes
         self.check_cancelled = check_cancelled
         self._start = start
         self._result: torch.Tensor | None = None
@@ -69,6 +74,7 @@ class SamplingRun:
         denoise: float = 1.0,
         taylor: TaylorOptions | None = None,
         one_branch_at_a_time: bool = False,
+        prefixes: PrefixStore | None = None,
         check_cancelled: CheckCancelled = never_cancelled,
     ) -> "SamplingRun":
         """Checks the settings and fills in the checkpoint's defaults.
@@ -83,6 +89,7 @@ class SamplingRun:
             denoise: share of the schedule that is run, from its end; 0 returns the latent as it came.
             taylor: step cache.
             one_branch_at_a_time: less memory for two-branch guidance.
+            prefixes: prompts that were computed before, used and added to.
 
         Raises RequestError naming the argument at fault.
         """
@@ -118,7 +125,7 @@ class SamplingRun:
             taylor=taylor,
             one_branch_at_a_time=one_branch_at_a_time,
         )
-        return cls(vae, transformer, conditioning, settings, latent, check_cancelled)
+        return cls(vae, transformer, conditioning, settings, latent, prefixes, check_cancelled)
 
     def __iter__(self) -> Iterator[DenoiseStep]:
         settings = self.settings
@@ -126,15 +133,16 @@ class SamplingRun:
             self._result = self._start
             return
         schedule = Schedule.flow_matching(settings.steps, settings.shift, settings.denoise)
-        latents = self._noised(schedule)
+        rows, latents = self._start_of(schedule)
         for step in denoise(
             self.transformer,
-            self.conditioning.rows,
+            rows,
             latents,
             schedule,
             settings.guidance,
             taylor=settings.taylor,
             one_branch_at_a_time=settings.one_branch_at_a_time,
+            prefixes=self.prefixes,
             check_cancelled=self.check_cancelled,
         ):
             latents = step.latents
@@ -155,16 +163,23 @@ class SamplingRun:
         assert self._result is not None
         return self._result
 
-    def _noised(self, schedule: Schedule) -> torch.Tensor:
-        """The starting latents: noise, mixed with the given latent at the schedule's first level."""
-        device = self.transformer.device
-        grid = self.conditioning.rows.sequence.gen_run.grid
-        shape = (self.settings.batch_size, self.vae.latent_channels, grid.height, grid.width)
-        noise = draw_noise(self.settings.noise, self.settings.seed, shape, device)
+    def _start_of(self, schedule: Schedule) -> tuple[SequenceRows, torch.Tensor]:
+        """The rows with their input pictures, and the starting latents: noise, mixed with the given latent at the
+        schedule's first level.
+        """
+        settings, device = self.settings, self.transformer.device
+        conditioning = self.conditioning
+        generators = reference_generators(settings.seed, settings.batch_size, device)
+        # The reference draws the pictures' latents from the first picture's generator, before its noise.
+        source = generators[0] if conditioning.posterior == "reference" else None
+        rows = conditioning.rows.showing(show_pictures(self.vae, conditioning.pictures, source))
+        grid = rows.sequence.gen_run.grid
+        shape = (settings.batch_size, self.vae.latent_channels, grid.height, grid.width)
+        noise = draw_noise(settings.noise, settings.seed, shape, device, generators)
         if self._start is None or schedule.sigmas[0] == 1:
-            return noise
+            return rows, noise
         sigma = schedule.sigmas[0].to(device)
-        return sigma * noise + (1 - sigma) * self.vae.scale(self._start.to(device))
+        return rows, sigma * noise + (1 - sigma) * self.vae.scale(self._start.to(device))
 
 
 def require_latents(latents: torch.Tensor, vae: VAEConfig, what: str) -> None:

@@ -6,6 +6,7 @@
   batch uses seed + i (the official pipeline repeats one seed, which would draw the same picture again).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -14,8 +15,17 @@ NoiseSource = Literal["comfy", "device", "reference"]
 NOISE_SOURCES: tuple[NoiseSource, ...] = ("comfy", "device", "reference")
 
 
-def draw_noise(source: NoiseSource, seed: int, shape: tuple[int, int, int, int], device: torch.device) -> torch.Tensor:
-    """Noise (B, C, h, w) float32 on `device`. `seed`: 0 <= seed < 2**64."""
+def draw_noise(
+    source: NoiseSource,
+    seed: int,
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    generators: Sequence[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """Noise (B, C, h, w) float32 on `device`. `seed`: 0 <= seed < 2**64.
+
+    `generators`: for "reference", one per picture where they were already drawn from, else made from the seed.
+    """
     if source == "comfy":
         return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).to(device)
     if source == "device":
@@ -24,7 +34,7 @@ def draw_noise(source: NoiseSource, seed: int, shape: tuple[int, int, int, int],
         # Drawn in bfloat16 itself: a float32 draw rounded afterwards gives other numbers for odd sizes.
         pictures = [
             torch.randn((1, *shape[1:]), generator=generator, device=device, dtype=torch.bfloat16)
-            for generator in reference_generators(seed, shape[0], device)
+            for generator in generators or reference_generators(seed, shape[0], device)
         ]
         return torch.cat(pictures).float()
     raise ValueError(f"noise is {source!r}; it must be one of {', '.join(NOISE_SOURCES)}.")

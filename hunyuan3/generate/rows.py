@@ -1,7 +1,7 @@
 """What one request puts through the transformer: token rows of equal geometry and the pictures shown in them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,12 +40,15 @@ class SequenceRows:
         first = self.branches[0]
         for other in self.branches[1:]:
             assert len(other) == len(first) and other.runs == first.runs, "branches must share their geometry"
-        assert len(first.spans("vae")) == len(self.pictures), "each picture's run needs its picture"
 
     @property
     def sequence(self) -> TokenSequence:
         """The conditional row; its geometry is every row's."""
         return self.branches[0]
+
+    def showing(self, pictures: tuple[ShownPicture, ...]) -> "SequenceRows":
+        """The same rows with their input pictures filled in."""
+        return replace(self, pictures=pictures)
 
 
 def embed_rows(
@@ -58,7 +61,7 @@ def embed_rows(
     3. each picture's vision tokens
     """
     x = model.wte(ids)
-    if not pictures:
+    if not sequence.cond_timesteps:
         return x
     zero = torch.zeros(1, device=model.device)
     for picture, vae, vit in zip(pictures, sequence.spans("vae"), sequence.spans("vit"), strict=True):

@@ -11,7 +11,7 @@ from hunyuan3.conditioning import make_conditioning
 from hunyuan3.errors import RequestError
 from hunyuan3.generate.denoise import denoise
 from hunyuan3.generate.noise import draw_noise
-from hunyuan3.generate.rows import SequenceRows
+from hunyuan3.generate.rows import SequenceRows, ShownPicture
 from hunyuan3.generate.schedule import Schedule
 from hunyuan3.generate.taylor import TaylorOptions
 from hunyuan3.pipeline import Hunyuan3
@@ -37,7 +37,7 @@ class Naive:
 
     def __init__(self, model, rows, guidance):
         self.model, self.config, self.guidance = model, model.config, guidance
-        self.sequence = rows.sequence
+        self.sequence, self.pictures = rows.sequence, rows.pictures
         self.two = not model.config.cfg_distilled and guidance > 1
         self.ids = torch.tensor([branch.ids for branch in rows.branches[: 2 if self.two else 1]])
         self.mask = self.dense_mask()
@@ -81,6 +81,11 @@ class Naive:
         t = torch.tensor([time])
         rows = len(self.ids)
         x = model.wte(self.ids)
+        zero = torch.zeros(1)
+        for index, picture in enumerate(self.pictures):
+            x[:, slice(*sequence.spans("vae")[index])] = model.embed_latents(picture.latent[None], zero)
+            x[:, slice(*sequence.spans("vit")[index])] = picture.tokens
+            x[:, sequence.cond_timesteps[index]] = model.timestep_emb(zero)
         x[:, start:stop] = model.embed_latents(latents.repeat(rows, 1, 1, 1), t)
         x[:, sequence.gen_timestep] = model.timestep_emb(t)
         if sequence.guidance is not None:
@@ -155,7 +160,12 @@ def rows_with_input_picture(model, width=128, height=96):
         branches=pair[:1] if folder.config.cfg_distilled else pair,
         full_spans=tuple(full_attention_spans(pair[0], "joint_full")),
         grids=tuple(rope_grids(pair[0], "joint_full")),
+        pictures=(ShownPicture(normal(16, 4, 5), normal(20, folder.config.hidden_size), "a picture"),),
     )
+
+
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(math.prod(shape)))
 
 
 def start(rows, seed=0, batch=1):

@@ -14,10 +14,16 @@ def test_comfy_noise_is_what_comfyui_prepares():
 
 
 def test_reference_noise_is_drawn_in_bfloat16_a_generator_per_picture():
-    noise = draw_noise("reference", 42, SHAPE, CPU)
+    """Not a rounded float32 draw, which gives other numbers where the size is no multiple of 16."""
+    shape = (3, 5, 3, 7)
+    noise = draw_noise("reference", 42, shape, CPU)
     for i in range(3):
-        drawn = torch.randn((1, *SHAPE[1:]), generator=torch.Generator().manual_seed(42 + i), dtype=torch.bfloat16)
+        drawn, wide = (
+            torch.randn((1, *shape[1:]), generator=torch.Generator().manual_seed(42 + i), dtype=dtype)
+            for dtype in (torch.bfloat16, torch.float32)
+        )
         assert torch.equal(noise[i : i + 1], drawn.float())
+        assert not torch.equal(noise[i : i + 1], wide.bfloat16().float())
 
 
 def test_picture_i_of_a_reference_batch_is_the_single_picture_of_seed_plus_i():

@@ -1,0 +1,106 @@
+"""Input pictures: read once, encoded once, shown to the model as often as wanted."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from .callbacks import CheckCancelled, never_cancelled
+from .config import VAEConfig
+from .folder import ModelFolder
+from .generate.rows import ShownPicture
+from .image.preprocess import fit_picture, size_of, to_vae_range, vision_patches
+from .image.resolution import Resolution
+from .text.template import InputPicture
+from .types import Grid, ImageSize
+from .vae.autoencoder import AutoencoderKLConv3D, Posterior
+from .vision.siglip2 import Vision
+
+PosteriorMode = Literal["fixed", "reference"]
+_FIXED_SEED = 0
+
+
+@dataclass(frozen=True)
+class EncodedPicture:
+    """One input picture in both of its faces; all tensors on the CPU.
+
+    size: of the picture as given. resolution: the row of the table it was fitted to. vision_grid: its patches.
+    posterior: of its latent, mean and logvar (1, C, h, w). tokens (P, D): its vision tokens. key: tells its pixels and
+    its fitting from any other's.
+    """
+
+    size: ImageSize
+    resolution: Resolution
+    vision_grid: Grid
+    posterior: Posterior
+    tokens: torch.Tensor
+    key: str
+
+    def in_template(self) -> InputPicture:
+        """Its place in a conversation."""
+        return InputPicture(self.resolution.ratio, self.resolution.grid, self.vision_grid, len(self.tokens))
+
+
+@torch.no_grad()
+def encode_pictures(
+    folder: ModelFolder,
+    vae: AutoencoderKLConv3D,
+    vision: Vision,
+    pictures: Sequence[Image.Image],
+    *,
+    align: bool = False,
+    tile_size: int | None = None,
+    check_cancelled: CheckCancelled = never_cancelled,
+) -> tuple[EncodedPicture, ...]:
+    """Encodes upright RGB pictures (see image.preprocess.load_picture) with loaded networks.
+
+    `align` stretches a picture to its row of the table instead of cropping it (`infer_align_image_size`).
+    """
+    settings = folder.config.vision
+    vae_weight, vision_weight = next(vae.parameters()), next(vision.parameters())
+    encoded = []
+    for picture in pictures:
+        check_cancelled()
+        size = size_of(picture)
+        resolution = folder.resolutions.row(folder.resolutions.nearest(*size))
+        fitted = fit_picture(picture, resolution.size, stretch=align)
+        pixels = to_vae_range(fitted)[None].to(vae_weight.device)
+        posterior = vae.encode(pixels, tile_size=tile_size, check_cancelled=check_cancelled)
+        seen = vision_patches(picture, max_num_patches=settings.max_num_patches, patch_size=settings.patch_size)
+        device = vision_weight.device
+        tokens = vision(seen.pixels[None].to(device), seen.mask[None].to(device), [seen.grid])[0]
+        digest = hashlib.sha256(fitted.numpy().tobytes())
+        digest.update(seen.pixels.numpy().tobytes())
+        encoded.append(
+            EncodedPicture(
+                size=size,
+                resolution=resolution,
+                vision_grid=seen.grid,
+                posterior=Posterior(posterior.mean.cpu(), posterior.logvar.cpu()),
+                tokens=tokens.cpu(),
+                key=f"{digest.hexdigest()[:32]}{'-stretched' if align else ''}",
+            )
+        )
+    return tuple(encoded)
+
+
+def show_pictures(
+    vae: VAEConfig, pictures: Sequence[EncodedPicture], generator: torch.Generator | None = None
+) -> tuple[ShownPicture, ...]:
+    """Draws each picture's latent from its posterior.
+
+    Without a generator the draw is fixed: it depends on nothing but the picture's place, so whatever was computed for
+    it can be used again. With one (the request's own, as the reference does) it is drawn in order, before the noise.
+    """
+    shown = []
+    for index, picture in enumerate(pictures):
+        if generator is None:
+            source, key = torch.Generator().manual_seed(_FIXED_SEED + index), f"{picture.key}/fixed{index}"
+        else:
+            source, key = generator, f"{picture.key}/{generator.initial_seed()}.{index}"
+        latent = picture.posterior.sample(source)
+        shown.append(ShownPicture(vae.scale(latent)[0], picture.tokens, key))
+    return tuple(shown)
