@@ -44,6 +44,7 @@ def make_conditioning(
     trace: str = "",
     bot_task: str = "image",
     history: tuple[Message, ...] = (),
+    system: str | None = None,
     reference: bool = False,
 ) -> Conditioning:
     """Lays out a request to draw.
@@ -59,12 +60,14 @@ def make_conditioning(
             tag left open is closed. Empty for none.
         bot_task: what "dynamic" goes by.
         history: earlier turns of the conversation.
+        system: the system prompt's very text, instead of a choice.
         reference: reproduce the reference where this package knows better: control tokens in a prompt, open traces,
             the "dynamic" choice.
 
     Raises RequestError (too long, unknown choice) or CheckpointError (the folder lacks that system prompt).
     """
-    system = system_text(folder, system_prompt, custom_system_prompt, bot_task, reference)
+    if system is None:
+        system = system_text(folder, system_prompt, custom_system_prompt, bot_task, reference)
     if trace and not reference:
         trace = close_trace(trace)
         if not is_complete(trace):

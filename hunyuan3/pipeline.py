@@ -12,6 +12,7 @@ Example::
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,15 @@ from .callbacks import CheckCancelled, Progress, never_cancelled, no_progress
 from .conditioning import Conditioning, make_conditioning
 from .errors import RequestError
 from .folder import ModelFolder
-from .parts import LoadOptions, ResolvedOptions, place_transformer, place_vae
+from .generate.prefix import PrefixStore
+from .generate.stages import StagePlan
+from .parts import LoadOptions, ResolvedOptions, place_transformer, place_vae, place_vision
+from .pictures import EncodedPicture, encode_pictures
 from .run import SamplingRun, require_latents
 from .transformer.model import Hunyuan3Transformer
 from .vae.autoencoder import AutoencoderKLConv3D
+from .vision.siglip2 import Vision
+from .writing import TextRequest, WritingRun
 
 
 class Hunyuan3:
@@ -37,6 +43,8 @@ class Hunyuan3:
         self.options = options
         self.placed_transformer = place_transformer(folder, options)
         self.placed_vae = place_vae(folder, options)
+        self.placed_vision = place_vision(folder, options)
+        self.prefixes = PrefixStore()
 
     @classmethod
     def open(cls, folder: str | Path, *, variant: str = "auto", **options: Any) -> "Hunyuan3":
@@ -70,19 +78,54 @@ class Hunyuan3:
         """The VAE, loaded if it is not."""
         return self.placed_vae.load()
 
-    def release(self) -> None:
-        """Drops the weights; they are read again when next used."""
-        self.placed_transformer.unload()
-        self.placed_vae.unload()
+    def vision(self) -> Vision:
+        """The vision tower, loaded if it is not."""
+        return self.placed_vision.load()
 
-    def conditioning(self, prompt: str, *, width: int = 0, height: int = 0, **texts: str) -> Conditioning:
+    def release(self) -> None:
+        """Drops the weights and the kept prompts; they are read and computed again when next used."""
+        self.prefixes.clear()
+        for part in (self.placed_transformer, self.placed_vae, self.placed_vision):
+            part.unload()
+
+    def encode_pictures(
+        self,
+        pictures: Sequence[Image.Image],
+        *,
+        align: bool = False,
+        tile_size: int | None = None,
+        check_cancelled: CheckCancelled = never_cancelled,
+    ) -> tuple[EncodedPicture, ...]:
+        """Encodes input pictures (upright RGB, see `image.preprocess.load_picture`) for conditionings and texts.
+
+        `align` stretches each to the nearest trained shape instead of cropping it; `restore_shape` undoes that on the
+        drawn picture.
+        """
+        return encode_pictures(
+            self.folder,
+            self.vae(),
+            self.vision(),
+            pictures,
+            align=align,
+            tile_size=tile_size,
+            check_cancelled=check_cancelled,
+        )
+
+    def write(self, request: TextRequest, plan: StagePlan, **settings: Any) -> WritingRun:
+        """Prepares a text pass; iterate over it to write. `plan`: see `writing.thinking`, `choosing_ratio`, `answering`.
+
+        `settings`: sampling, seed, max_new_tokens, check_cancelled; see `WritingRun`.
+        """
+        return WritingRun(self.folder, self.transformer(), request, plan, prefixes=self.prefixes, **settings)
+
+    def conditioning(self, prompt: str, *, width: int = 0, height: int = 0, **others: Any) -> Conditioning:
         """Lays out a request for a picture of `width` x `height` pixels (multiples of 16; 0: the base size).
 
-        `texts`: system_prompt, custom_system_prompt, trace; see `make_conditioning`.
+        `others`: pictures, system_prompt, custom_system_prompt, trace, ...; see `make_conditioning`.
         """
         base = self.folder.config.image_base_size
         resolution = self.folder.resolutions.free(height or base, width or base)
-        return make_conditioning(self.folder, prompt, resolution, **texts)
+        return make_conditioning(self.folder, prompt, resolution, **others)
 
     def sample(self, conditioning: Conditioning, **settings: Any) -> SamplingRun:
         """Prepares a run; iterate over it to draw, then take its `latents`.
@@ -90,7 +133,7 @@ class Hunyuan3:
         `settings`: seed, steps, guidance, shift, batch_size, noise, latent, denoise, taylor, one_branch_at_a_time,
         check_cancelled; see `SamplingRun.prepare`. Raises RequestError naming the argument at fault.
         """
-        return SamplingRun.prepare(self.folder, self.transformer(), conditioning, **settings)
+        return SamplingRun.prepare(self.folder, self.transformer(), conditioning, prefixes=self.prefixes, **settings)
 
     def decode(
         self,

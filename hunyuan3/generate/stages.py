@@ -22,10 +22,13 @@ class StagePlan:
     """One text pass.
 
     opening: the task whose tag ends the prompt ("think", "recaption"; "auto" and "img_ratio" open nothing).
-    forced: after this token, these follow without being sampled. stops: these end the pass. ratios: when the last token
-    is `ratio_after`, only these may follow, the most likely one is taken. closing: stage name -> the tokens that close
-    it properly when the pass is cut off there; `to_ratio` leads on from there to the ratio. end_of_text: the token that
-    ends the pass early, None where it does not.
+    forced: after this token, these follow without being sampled.
+    stops: these end the pass.
+    stage_after: name of the stage that a token begins.
+    ratios: when the last token is `ratio_after`, only these may follow, and the most likely one is taken.
+    closing: stage -> tokens that close it properly where the pass is cut off; `to_ratio` leads on to the ratio.
+    last_tags: tags that end the trace.
+    end_of_text: token that ends the pass early, None where it does not.
     """
 
     opening: TextTask
@@ -37,6 +40,7 @@ class StagePlan:
     ratios: tuple[int, ...] = ()
     to_ratio: tuple[int, ...] = ()
     closing: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    last_tags: tuple[int, ...] = ()
     end_of_text: int | None = None
 
 
@@ -67,6 +71,7 @@ def trace_plan(task: Task, tokens: SpecialTokens, *, instruct: bool, need_ratio:
         ratio_after=tokens.size if need_ratio else None,
         ratios=tokens.ratios if need_ratio else (),
         to_ratio=to_ratio if need_ratio else (),
+        last_tags=(last,),
         closing={"think": (tokens.think_end,), "recaption": (tokens.recaption_end,)},
         end_of_text=tokens.eos if stop_at_end else None,
     )

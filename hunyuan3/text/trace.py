@@ -58,6 +58,20 @@ def recaption_only(trace: str) -> str:
     return RECAPTION[0] + body + RECAPTION[1]
 
 
+def think_body(trace: str) -> str:
+    """What stands between the think tags, "" without them; up to the end if the tag was left open."""
+    return _body(trace, THINK)
+
+
+def recaption_body(trace: str) -> str:
+    """What stands between the recaption tags, "" without them; up to the end if the tag was left open."""
+    return _body(trace, RECAPTION)
+
+
+def _body(trace: str, tags: tuple[str, str]) -> str:
+    return trace.partition(tags[0])[2].partition(tags[1])[0].strip()
+
+
 def _pair(trace: str, tags: tuple[str, str]) -> str | None:
     """The body between the first opening tag and the next closing tag, None without such a pair."""
     _, opened, rest = trace.partition(tags[0])
