@@ -112,7 +112,7 @@ class Hunyuan3:
         )
 
     def write(self, request: TextRequest, plan: StagePlan, **settings: Any) -> WritingRun:
-        """Prepares a text pass; iterate over it to write. `plan`: see `writing.thinking`, `choosing_ratio`, `answering`.
+        """Prepares a text pass; iterate over it to write. `plan`: from `writing.thinking` and the like.
 
         `settings`: sampling, seed, max_new_tokens, check_cancelled; see `WritingRun`.
         """

@@ -2,8 +2,8 @@
 
 The first step runs the whole sequence and fills the key-value cache. Everything before the picture depends on text and
 input pictures alone, so later steps run only the control tokens and the picture's tokens against that cache; the
-picture's own positions in it are overwritten each time. Where a prefix store already holds the beginning, the first
-step starts behind it. Without capacity dropping all of this equals recomputing everything.
+picture's own positions in it are overwritten each time. With a prefix store the prompt is a pass of its own, which is
+skipped as far as the store already holds it. Without capacity dropping all of this equals recomputing everything.
 
 B pictures of one request, R branches (conditional, unconditional); rows of a pass are all conditional ones, then all
 unconditional ones.
@@ -91,7 +91,7 @@ def denoise(
     passes = [_Pass(model, rows, group, latents.shape[0], guidance, schedule.steps, taylor) for group in groups]
     if prefixes is not None and not model.drops_tokens:
         for one in passes:
-            one.reuse(prefixes, between_layers)
+            one.prefill(prefixes, between_layers)
     times = schedule.times.to(latents.device)
     for step in range(schedule.steps):
         check_cancelled()
@@ -104,9 +104,6 @@ def denoise(
             prediction = raw
         clean = schedule.predicted_clean(latents, prediction, step)
         latents = schedule.euler(latents, prediction, step)
-        if step == 0 and prefixes is not None and not model.drops_tokens:
-            for one in passes:
-                one.keep_prefixes(prefixes)
         yield DenoiseStep(step, schedule.steps, raw, prediction, latents, clean, passes[0].ran_full)
 
 
@@ -136,38 +133,49 @@ class _Pass:
         self.ids = torch.tensor([b.ids for b in branches], device=device).repeat_interleave(batch_size, dim=0)
         positions = rope_positions(len(sequence), rows.grids).to(device)
         self.rope = rope_table(positions, config.head_dim, config.rope_theta)
-        self.start = 0  # where the first step begins: everything before is in the cache
+        self.start = 0  # where the first step begins; everything before is in the cache then
         self.cache = model.new_cache(rows=len(self.ids), length=len(sequence))
         # The reference keeps the scaled guidance in bfloat16 (2.5 becomes 2496, not 2500).
         self.guidance = torch.tensor([guidance * TIME_SCALE], dtype=torch.bfloat16, device=device).float()
         self.taylor = TaylorCache(taylor, steps) if taylor else None
         self.ran_full = True
 
-    def reuse(self, prefixes: PrefixStore, on_layer: OnLayer) -> None:
-        """Fills the cache up to the picture from the store, computing for each branch only what it lacks.
+    def prefill(self, prefixes: PrefixStore, on_layer: OnLayer) -> None:
+        """Fills the cache up to the picture, computing only what the store lacks, once per branch; the store keeps it.
 
-        Does nothing if the store knows no beginning of any branch: then the first step runs everything in one pass.
+        A pass of its own, unlike the whole-sequence first step: so a drawing whose prompt is known computes the very
+        same numbers as the one before, to the bit.
         """
-        found = [prefixes.find(branch.ids, self.rows) for branch in self.branches]
-        if not any(length for _prefix, length in found):
-            return
         self.start = self.window.start
-        for index, (branch, (prefix, length)) in enumerate(zip(self.branches, found, strict=True)):
-            length = min(length, self.start)
-            lines = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        found = [prefixes.find(branch.ids, self.rows) for branch in self.branches]
+        known = [min(length, self.start) for _prefix, length in found]
+        for index, (prefix, _length) in enumerate(found):
             if prefix is not None:
-                self.cache.fill(lines, prefix.keys, prefix.values, length)
-            if length < self.start:
-                line = self.cache.view(slice(lines.start, lines.start + 1))
-                ids = torch.tensor([branch.ids], device=self.model.device)
-                x = embed_rows(self.model, ids, self.rows.sequence, self.rows.pictures)[:, length : self.start]
-                self.model(x, *self._geometry(Span(length, self.start)), line, on_layer)
-                self.cache.fill(lines, line.keys, line.values, self.start)
-
-    def keep_prefixes(self, prefixes: PrefixStore) -> None:
-        """Gives each branch's keys and values up to the picture to the store."""
+                self.cache.fill(self._lines(index), prefix.keys, prefix.values, known[index])
+        if not any(known):
+            self._compute(range(len(self.branches)), 0, on_layer)
+        else:
+            for index, length in enumerate(known):
+                if length < self.start:
+                    self._compute(range(index, index + 1), length, on_layer)
         for index, branch in enumerate(self.branches):
-            prefixes.keep(branch.ids[: self.window.start], self.rows, self.cache, index * self.batch_size)
+            prefixes.keep(branch.ids[: self.start], self.rows, self.cache, self._lines(index).start)
+
+    def _compute(self, branches: range, known: int, on_layer: OnLayer) -> None:
+        """Runs the prompt of some branches from position `known` up to the picture, one row each."""
+        first_lines = slice(branches.start * self.batch_size, branches.stop * self.batch_size, self.batch_size)
+        lines = self.cache.view(first_lines)
+        ids = torch.tensor([self.branches[index].ids for index in branches], device=self.model.device)
+        x = embed_rows(self.model, ids, self.rows.sequence, self.rows.pictures)[:, known : self.start]
+        self.model(x, *self._geometry(Span(known, self.start)), lines, on_layer)
+        if self.batch_size > 1:
+            for line, index in enumerate(branches):
+                one = lines.view(slice(line, line + 1))
+                self.cache.fill(self._lines(index), one.keys, one.values, self.start)
+
+    def _lines(self, branch: int) -> slice:
+        """The cache rows of a branch: one per picture."""
+        return slice(branch * self.batch_size, (branch + 1) * self.batch_size)
 
     def velocity(
         self, step: int, latents: torch.Tensor, t: torch.Tensor, r: torch.Tensor, on_layer: OnLayer

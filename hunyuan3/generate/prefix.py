@@ -14,6 +14,8 @@ from ..transformer.kv_cache import KVCache
 from ..types import Span
 from .rows import SequenceRows
 
+# Fewer common positions are not used: starting elsewhere rounds differently, which a handful of tokens is not worth.
+_WORTHWHILE = 32
 _ENTRIES = 4  # two branches of a drawing, and of the text before it or of the drawing before that
 
 
@@ -59,8 +61,8 @@ class PrefixStore:
         return sum(entry.nbytes for entry in self._entries.values())
 
     def find(self, ids: tuple[int, ...], rows: SequenceRows) -> tuple[Prefix | None, int]:
-        """The prefix that covers most of a row, and how much; (None, 0) if none covers anything."""
-        best, length = None, 0
+        """The prefix that covers most of a row, and how much; (None, 0) if none covers enough to be worth it."""
+        best, length = None, _WORTHWHILE - 1
         for key, entry in self._entries.items():
             common = entry.common_length(ids, rows)
             if common > length:

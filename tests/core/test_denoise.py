@@ -11,6 +11,7 @@ from hunyuan3.conditioning import make_conditioning
 from hunyuan3.errors import RequestError
 from hunyuan3.generate.denoise import denoise
 from hunyuan3.generate.noise import draw_noise
+from hunyuan3.generate.prefix import PrefixStore
 from hunyuan3.generate.rows import SequenceRows, ShownPicture
 from hunyuan3.generate.schedule import Schedule
 from hunyuan3.generate.taylor import TaylorOptions
@@ -426,6 +427,21 @@ def test_skipped_steps_do_not_run_the_stack_and_stay_near_the_full_run(models):
     full_steps = [0, 1, 2, 4, 6, 8, 10]
     assert layers.count(0) == len(full_steps)
     assert 0 < (cached - full).std() < 0.5 * full.std()
+
+
+@pytest.mark.parametrize("variant", ["instruct", "distil"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_kept_prompt_draws_what_recomputing_it_draws(models, variant, batch):
+    """A new seed of the same prompt, then a prompt that shares only its first half."""
+    model, store = models[variant], PrefixStore()
+    first, other = rows_of(model), rows_of(model, prompt=WORDS * 8 + "and a blue vase; " * 6)
+    final(model, first, start(first), steps=1, prefixes=store)
+    for rows in (first, other):
+        latents = start(rows, seed=5, batch=batch)
+        lengths = set()
+        kept = final(model, rows, latents, prefixes=store, on_layer=lambda _l, x, seen=lengths: seen.add(x.shape[1]))
+        assert max(lengths) < len(rows.sequence), "the whole sequence was computed again"
+        assert distance(kept, final(model, rows, latents)) < 1e-4
 
 
 def test_rows_of_unlike_geometry_are_refused_when_they_are_put_together(models):

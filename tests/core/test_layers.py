@@ -24,8 +24,9 @@ LAYERS = [
     ["placement"],
     ["generate"],
     ["folder"],
-    ["parts", "conditioning"],
-    ["run"],
+    ["parts", "pictures"],
+    ["conditioning"],
+    ["run", "writing"],
     ["pipeline"],
     ["tiny", "__main__"],
 ]

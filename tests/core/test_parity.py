@@ -204,6 +204,27 @@ def test_after_a_flipped_router_tie_only_the_steps_before_it_count(drawn):
     assert verdict(wrong, computed, gaps)[0].failed == 1
 
 
+def test_a_tie_flipped_in_the_first_step_leaves_the_layers_before_it(drawn):
+    recording, computed = drawn
+    other = flipped(recording, computed, 0)
+    other.tensors["hidden_probe"] = computed.tensors["hidden_probe"].clone()
+    other.tensors["hidden_probe"][2:] += 1
+    report, lines = verdict(other, computed, {0: 1e-6, 1: 1e-3, 2: 1e-3, 3: 1e-3})
+    assert report.failed == 0 and "only before step 0" in lines
+    other.tensors["hidden_probe"][0] += 1  # no router comes before the first layer
+    assert verdict(other, computed, {0: 1e-6, 1: 1e-3, 2: 1e-3, 3: 1e-3})[0].failed == 1
+
+
+def test_our_own_router_gaps_are_measured_where_the_recording_names_a_tie(bench):
+    recorded = bench.router_gaps[SCENARIO]
+    tied = Bench(GOLDEN)
+    tied.router_gaps = {SCENARIO: 1e-6}
+    with torch.no_grad():
+        gaps = scenarios.compute(tied, bench.read("scenarios", SCENARIO), Computed())
+    assert sorted(gaps) == [0, 1, 2, 3]
+    assert min(gaps.values()) == pytest.approx(recorded, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [

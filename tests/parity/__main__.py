@@ -1,0 +1,64 @@
+"""`python -m tests.parity FOLDER [--allow-missing] [--dump OUT] [--only GLOB]`."""
+
+import argparse
+import fnmatch
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import components, scenarios
+from .bench import Bench
+from .recording import MissingFeatureError
+from .report import Report
+
+PASSED, FAILED, NOTHING_COMPARED, MISSING = 0, 1, 2, 3
+CHECKS = {"components": components.check, "scenarios": scenarios.check}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compares a folder, prints a line per comparison and the totals; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
+    parser.add_argument("folder", type=Path, help="recordings: ckpt/, components/, scenarios/, images/")
+    parser.add_argument("--allow-missing", action="store_true", help="exit 0 although features are missing")
+    parser.add_argument("--dump", type=Path, metavar="OUT", help="write what was computed to OUT/NAME.safetensors")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="only recordings of such names")
+    asked = parser.parse_args(arguments)
+    if asked.dump:
+        asked.dump.mkdir(parents=True, exist_ok=True)
+    report = run(asked.folder, only=asked.only, dump=asked.dump)
+    if not report.passed and not report.failed:
+        print(f"Nothing was compared: is {asked.folder} a folder of recordings?", file=sys.stderr)
+    print(report.summary)
+    return exit_code(report, asked.allow_missing)
+
+
+@torch.no_grad()
+def run(folder: Path, *, only: str = "*", dump: Path | None = None) -> Report:
+    """Checks every recording in the folder."""
+    bench, report = Bench(folder, dumping=dump is not None), Report(dump)
+    for kind, check in CHECKS.items():
+        for name in bench.names(kind):
+            if not fnmatch.fnmatchcase(name, only):
+                continue
+            try:
+                check(bench, bench.read(kind, name), report)
+            except MissingFeatureError as missing:
+                report.lacks(name, str(missing))
+            except Exception as error:  # one broken recording must not hide the others
+                report.broke(name, error)
+    return report
+
+
+def exit_code(report: Report, allow_missing: bool) -> int:
+    """0 if all is well; a FAIL weighs more than nothing compared, and that more than a missing feature."""
+    if report.failed:
+        return FAILED
+    if not report.passed:
+        return NOTHING_COMPARED
+    return PASSED if allow_missing or not report.missing else MISSING
+
+
+if __name__ == "__main__":
+    sys.exit(main())
