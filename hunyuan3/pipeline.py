@@ -26,10 +26,12 @@ from .errors import RequestError
 from .folder import ModelFolder
 from .generate.prefix import PrefixStore
 from .generate.stages import StagePlan
+from .image.preprocess import align_output
 from .parts import LoadOptions, ResolvedOptions, place_transformer, place_vae, place_vision
 from .pictures import EncodedPicture, encode_pictures
 from .run import SamplingRun, require_latents
 from .transformer.model import Hunyuan3Transformer
+from .types import ImageSize
 from .vae.autoencoder import AutoencoderKLConv3D
 from .vision.siglip2 import Vision
 from .writing import TextRequest, WritingRun
@@ -178,6 +180,23 @@ class Hunyuan3:
         scaled = (pixels.permute(0, 3, 1, 2).float() * 2 - 1).to(self.options.device)
         posterior = self.vae().encode(scaled, tile_size=tile_size, check_cancelled=check_cancelled)
         return posterior.mode().float().cpu()
+
+    def restore_shape(self, pixels: torch.Tensor, originals: Sequence[ImageSize]) -> torch.Tensor:
+        """Drawn pixels (B, H, W, 3) in [0, 1] -> the shape of the input picture that they belong to (spec 5.5).
+
+        `originals`: sizes of the input pictures, encoded with `align`. Unchanged where none belongs to this size.
+        """
+        table = self.folder.resolutions
+        restored = [
+            align_output(
+                (picture * 255).round().to(torch.uint8),
+                originals,
+                lambda size: table.rows[table.nearest(*size)],
+                table.base_size,
+            )
+            for picture in pixels
+        ]
+        return torch.stack(restored).float() / 255
 
     def vae_fingerprint(self) -> str:
         """Sixteen hex digits that tell this folder's VAE from another; reads three small tensors, not the VAE."""

@@ -51,12 +51,14 @@ class WritingRun:
         picture_generator: torch.Generator | None = None,
         prefixes: PrefixStore | None = None,
         check_cancelled: CheckCancelled = never_cancelled,
+        device: torch.device | None = None,
     ) -> None:
         """Args:
         plan: what to write, see generate.stages.
         sampling: None means the checkpoint's own defaults; likewise max_new_tokens 0.
         picture_generator: draws the input pictures' latents from the request's generator, as the reference does; None
             draws them in the fixed way.
+        device: where the transformer will be, if its weights are not loaded yet.
         """
         self.folder = folder
         self.request = request
@@ -67,7 +69,7 @@ class WritingRun:
             transformer,
             self.sequence.showing(shown),
             plan,
-            TokenSampler(sampling or default_sampling(folder), seed, transformer.device),
+            TokenSampler(sampling or default_sampling(folder), seed, device or transformer.device),
             max_new_tokens=max_new_tokens or folder.generation.max_new_tokens,
             max_length=folder.max_length,
             prefixes=prefixes,

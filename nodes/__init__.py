@@ -1,12 +1,15 @@
 """The ComfyUI side: schemas, the memory manager, progress. A node is a schema and a few lines that call the core."""
 
+from .ask import Hunyuan3Ask, Hunyuan3Continue
 from .compat import ComfyExtension, io
 from .conditioning import Hunyuan3Conditioning
 from .folders import register
+from .images import Hunyuan3ImageConditioning
 from .loader import Hunyuan3Loader
 from .resolution import Hunyuan3Resolution
 from .sampler import Hunyuan3Sampler
 from .step_cache import Hunyuan3StepCache
+from .think import Hunyuan3Think
 from .vae import Hunyuan3VAEDecode, Hunyuan3VAEEncode
 
 
@@ -26,4 +29,8 @@ class Hunyuan3Extension(ComfyExtension):
             Hunyuan3VAEDecode,
             Hunyuan3VAEEncode,
             Hunyuan3StepCache,
+            Hunyuan3ImageConditioning,
+            Hunyuan3Think,
+            Hunyuan3Ask,
+            Hunyuan3Continue,
         ]

@@ -1,8 +1,16 @@
 """Hunyuan3Conditioning: what to draw."""
 
-from ..hunyuan3.text.system_prompts import CHOICES
 from .compat import io, schema
-from .io_types import HunyuanConditioning, HunyuanModel, ModelHandle
+from .io_types import (
+    Conversation,
+    HunyuanConditioning,
+    HunyuanConversation,
+    HunyuanImages,
+    HunyuanModel,
+    ModelHandle,
+    PictureSet,
+)
+from .writing import SYSTEM_PROMPTS, pictures_for
 
 _MAX_SIDE = 8192
 
@@ -51,7 +59,7 @@ class Hunyuan3Conditioning(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "system_prompt",
-                    options=["auto", *CHOICES],
+                    options=SYSTEM_PROMPTS,
                     default="auto",
                     optional=True,
                     tooltip=(
@@ -76,6 +84,10 @@ class Hunyuan3Conditioning(io.ComfyNode):
                         "Text without tags counts as a rewritten prompt. Empty: draw from the prompt alone."
                     ),
                 ),
+                HunyuanImages.Input("images", optional=True, tooltip="From Hunyuan3 Image Conditioning."),
+                HunyuanConversation.Input(
+                    "conversation", optional=True, tooltip="Earlier turns; the prompt above is the next one."
+                ),
             ],
             outputs=[
                 HunyuanConditioning.Output("conditioning", display_name="conditioning", tooltip="For the sampler.")
@@ -92,9 +104,12 @@ class Hunyuan3Conditioning(io.ComfyNode):
         system_prompt: str = "auto",
         custom_system_prompt: str = "",
         trace: str = "",
+        images: PictureSet | None = None,
+        conversation: Conversation | None = None,
     ) -> io.NodeOutput:
         # 0 would mean "the base size" to the core; in a node it is a mistake, and free() says so.
         resolution = model.model.folder.resolutions.free(height, width)
+        shown, earlier = pictures_for(model, images, conversation)
         conditioning = model.model.conditioning(
             prompt,
             width=resolution.size.width,
@@ -102,5 +117,8 @@ class Hunyuan3Conditioning(io.ComfyNode):
             system_prompt=system_prompt,
             custom_system_prompt=custom_system_prompt,
             trace=trace,
+            pictures=shown.pictures,
+            posterior=shown.posterior,
+            history=earlier.messages,
         )
         return io.NodeOutput(conditioning)

@@ -128,8 +128,9 @@ class Hunyuan3Loader(io.ComfyNode):
         handle = ModelHandle(
             name=checkpoint,
             model=model,
-            transformer=PartPatcher.of(model.placed_transformer),
+            transformer=PartPatcher.of(model.placed_transformer, model.prefixes),
             vae=PartPatcher.of(model.placed_vae),
+            vision=PartPatcher.of(model.placed_vision),
         )
         chosen = describe(handle)
         NodeProgress(cls.hidden.unique_id).report(chosen)

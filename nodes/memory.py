@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..hunyuan3.callbacks import Progress, no_progress
 from ..hunyuan3.errors import RequestError
+from ..hunyuan3.generate.prefix import PrefixStore
 from ..hunyuan3.placement.placed import PlacedModule
 
 _log = logging.getLogger(__name__)
@@ -30,19 +31,23 @@ class PartPatcher(ModelPatcher):
         size: int = 0,
         weight_inplace_update: bool = False,
         placed: PlacedModule | None = None,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
         self.placed = placed
+        self.prefixes = prefixes
         self.progress: Progress = no_progress
 
     @classmethod
-    def of(cls, placed: PlacedModule) -> "PartPatcher":
-        """The patcher of a part that computes on its own device."""
-        return cls(placed.module, placed.device, torch.device("cpu"), placed.total_bytes, placed=placed)
+    def of(cls, placed: PlacedModule, prefixes: PrefixStore | None = None) -> "PartPatcher":
+        """The patcher of a part that computes on its own device. `prefixes`: kept prompts that count as part of it."""
+        cpu = torch.device("cpu")
+        return cls(placed.module, placed.device, cpu, placed.total_bytes, placed=placed, prefixes=prefixes)
 
     def clone(self) -> "PartPatcher":
         copy = super().clone()
         copy.placed = self.placed
+        copy.prefixes = self.prefixes
         copy.progress = self.progress
         return copy
 
@@ -51,10 +56,10 @@ class PartPatcher(ModelPatcher):
         return False
 
     def model_size(self) -> int:
-        return self.placed.total_bytes if self.placed is not None else self.size
+        return self.placed.total_bytes + self._kept_bytes() if self.placed is not None else self.size
 
     def loaded_size(self) -> int:
-        return self.placed.loaded_bytes if self.placed is not None else 0
+        return self.placed.loaded_bytes + self._kept_bytes() if self.placed is not None else 0
 
     def current_loaded_device(self) -> torch.device:
         return self.load_device if self.loaded_size() else self.offload_device
@@ -88,8 +93,10 @@ class PartPatcher(ModelPatcher):
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
     ) -> int:
-        """Evicts whole layers until `memory_to_free` bytes are free; returns the bytes really freed."""
-        freed = self.placed.unload(int(memory_to_free), _host_has_room)
+        """Gives up kept prompts, then whole layers until `memory_to_free` bytes are free; returns the bytes freed."""
+        freed = self._give_up_kept()
+        if freed < memory_to_free:
+            freed += self.placed.unload(int(memory_to_free) - freed, _host_has_room)
         self._tell_model()
         _log.info("%s: %.2f GiB evicted, %.2f GiB stay", self.placed.name, freed / GIB, self.loaded_size() / GIB)
         return freed
@@ -98,6 +105,7 @@ class PartPatcher(ModelPatcher):
         """Evicts everything if `unpatch_all`; the manager also calls this with False merely to re-list a part."""
         self.eject_model()
         if unpatch_all:
+            self._give_up_kept()
             self.placed.unload(host_has_room=_host_has_room)
             self._tell_model()
         return self.model
@@ -110,6 +118,12 @@ class PartPatcher(ModelPatcher):
 
     def add_patches(self, *args: object, **kwargs: object) -> list[str]:
         raise RequestError("LoRA and other weight patches are not supported for Hunyuan Image 3 yet.")
+
+    def _kept_bytes(self) -> int:
+        return 0 if self.prefixes is None else self.prefixes.nbytes
+
+    def _give_up_kept(self) -> int:
+        return 0 if self.prefixes is None else self.prefixes.clear()
 
     def _tell_model(self) -> None:
         self.model.model_loaded_weight_memory = self.loaded_size()

@@ -9,6 +9,7 @@ import comfy.utils
 from server import PromptServer
 
 _log = logging.getLogger(__name__)
+TEXT_EVENT = "hunyuan3.text"
 _INTERVAL = 0.1  # seconds between two updates: messages queue up without back-pressure
 
 
@@ -41,9 +42,23 @@ class NodeProgress:
         if server is not None and self.node_id is not None:
             server.send_progress_text(text, self.node_id, server.client_id)
 
+    def stream(self, stage: str, text: str) -> None:
+        """Shows text while it is written, and tells the page's own view of it. Always the whole text: a page that was
+        away misses nothing.
+        """
+        mm.throw_exception_if_processing_interrupted()
+        self.text(text or stage)
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and self.node_id is not None:
+            server.send_sync(TEXT_EVENT, {"node": self.node_id, "stage": stage, "text": text}, server.client_id)
+
+    def log(self, text: str) -> None:
+        """Writes a line to the log."""
+        _log.info("Hunyuan Image 3: %s", text)
+
     def report(self, text: str) -> None:
         """Shows a line of text on the node and writes it to the log."""
-        _log.info("Hunyuan Image 3: %s", text)
+        self.log(text)
         self.text(text)
 
 

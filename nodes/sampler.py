@@ -144,6 +144,7 @@ class Hunyuan3Sampler(io.ComfyNode):
             denoise=denoise,
             taylor=step_cache,
             one_branch_at_a_time=cfg_mode == "sequential",
+            prefixes=core.prefixes,
             check_cancelled=check_cancelled,
         )
         progress = NodeProgress(cls.hidden.unique_id)

@@ -9,7 +9,7 @@ from ..hunyuan3.placement.estimate import decode_bytes, decode_tile_size
 from ..hunyuan3.run import require_latents
 from ..hunyuan3.types import ImageSize
 from .compat import io, schema
-from .io_types import HunyuanModel, ModelHandle
+from .io_types import HunyuanImages, HunyuanModel, ModelHandle, PictureSet
 from .memory import bring_to_device, most_free_memory
 from .progress import NodeProgress, check_cancelled
 
@@ -42,20 +42,30 @@ class Hunyuan3VAEDecode(io.ComfyNode):
                 HunyuanModel.Input("model", tooltip="From the Hunyuan3 Loader."),
                 io.Latent.Input("samples", tooltip="From the Hunyuan3 Sampler."),
                 io.Int.Input("tile_size", **_TILE_INPUT),
+                HunyuanImages.Input(
+                    "images",
+                    optional=True,
+                    tooltip="Optional: pictures encoded with 'align'; the result gets its input's own shape back.",
+                ),
             ],
             outputs=[io.Image.Output("image", display_name="image", tooltip="The picture.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: ModelHandle, samples: dict[str, Any], tile_size: int = 0) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelHandle, samples: dict[str, Any], tile_size: int = 0, images: PictureSet | None = None
+    ) -> io.NodeOutput:
         latents = samples["samples"]
         require_latents(latents, model.model.folder.config.vae, "samples")
         size = ImageSize(_ALIGN * latents.shape[2], _ALIGN * latents.shape[3])
         progress = NodeProgress(cls.hidden.unique_id)
         tile = _prepare(model, size, tile_size, progress)
         progress.text("decode" if tile is None else f"decode in tiles of {tile} pixels")
-        return io.NodeOutput(model.model.decode(latents, tile_size=tile, check_cancelled=check_cancelled))
+        image = model.model.decode(latents, tile_size=tile, check_cancelled=check_cancelled)
+        if images is not None and images.align:
+            image = model.model.restore_shape(image, [picture.size for picture in images.pictures])
+        return io.NodeOutput(image)
 
 
 class Hunyuan3VAEEncode(io.ComfyNode):

@@ -1,0 +1,81 @@
+"""Hunyuan3ImageConditioning: input pictures, encoded once per graph."""
+
+import torch
+
+from ..hunyuan3.placement.estimate import decode_bytes
+from .compat import io, schema
+from .convert import pictures_of
+from .io_types import HunyuanImages, HunyuanModel, ModelHandle, PictureSet
+from .memory import bring_to_device
+from .progress import NodeProgress, check_cancelled
+
+_SOCKETS = tuple(f"image_{index}" for index in range(1, 7))
+_TRAINED_FOR = 3
+
+
+class Hunyuan3ImageConditioning(io.ComfyNode):
+    """Encodes pictures to look at, edit or fuse: with the VAE and with the vision tower."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="Hunyuan3ImageConditioning",
+            display_name="Hunyuan3 Image Conditioning",
+            category="Hunyuan3",
+            description=(
+                "Encodes input pictures, once, for thinking, asking and drawing. The prompt can speak of them as the "
+                "first, the second ... picture. The model was trained with up to three."
+            ),
+            search_aliases=["hunyuan edit", "hunyuan reference image", "image to image"],
+            inputs=[
+                HunyuanModel.Input("model", tooltip="From the Hunyuan3 Loader (Instruct or Instruct-Distil)."),
+                *(
+                    io.Image.Input(socket, optional=True, tooltip="A picture, or a batch of pictures, in this order.")
+                    for socket in _SOCKETS
+                ),
+                io.Boolean.Input(
+                    "align",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Stretch each picture to the nearest trained shape instead of cropping it. Connect the images "
+                        "to Hunyuan3 VAE Decode, too, and the result gets its input's own shape back."
+                    ),
+                ),
+                io.Combo.Input(
+                    "posterior",
+                    options=["fixed", "reference"],
+                    default="fixed",
+                    optional=True,
+                    tooltip=(
+                        "'fixed': what is computed for a picture serves every image seed. 'reference': drawn anew from "
+                        "the image seed, as the official pipeline does."
+                    ),
+                ),
+            ],
+            outputs=[HunyuanImages.Output("images", display_name="images", tooltip="For think, ask, conditioning.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: ModelHandle, align: bool = False, posterior: str = "fixed", **images: torch.Tensor | None
+    ) -> io.NodeOutput:
+        pictures = [
+            picture
+            for socket in _SOCKETS
+            if images.get(socket) is not None
+            for picture in pictures_of(images[socket], socket)
+        ]
+        progress = NodeProgress(cls.hidden.unique_id)
+        core = model.model
+        if pictures:
+            largest = max((core.folder.resolutions.rows), key=lambda size: size.height * size.width)
+            work = decode_bytes(core.folder.config.vae, *largest, core.options.vae_dtype)
+            bring_to_device(model.vae, work, progress)
+            bring_to_device(model.vision, work, progress)
+        progress.text(f"encode {len(pictures)} pictures")
+        encoded = core.encode_pictures(pictures, align=align, check_cancelled=check_cancelled) if pictures else ()
+        warning = f" (trained for up to {_TRAINED_FOR})" if len(encoded) > _TRAINED_FOR else ""
+        progress.report(f"{len(encoded)} pictures{warning}")
+        return io.NodeOutput(PictureSet(encoded, align, posterior, core.folder.fingerprint))

@@ -1,0 +1,132 @@
+"""Hunyuan3Think: the model reasons about a prompt, rewrites it and chooses the picture's shape."""
+
+from ..hunyuan3.text.template import Message
+from ..hunyuan3.text.trace import close_trace, recaption_body, think_body
+from ..hunyuan3.writing import TextRequest, WritingRun, choosing_ratio, thinking
+from .compat import io, schema
+from .io_types import Conversation, HunyuanConversation, HunyuanImages, HunyuanModel, ModelHandle, PictureSet
+from .progress import NodeProgress
+from .writing import SYSTEM_PROMPTS, pictures_for, sampling_inputs, sampling_options, write
+
+_TASKS = ["think_recaption", "recaption", "think", "img_ratio"]
+
+
+class Hunyuan3Think(io.ComfyNode):
+    """One text pass. Its text can be read, edited and used again; a new image seed does not run it again."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="Hunyuan3Think",
+            display_name="Hunyuan3 Think",
+            category="Hunyuan3",
+            description=(
+                "Lets the model think about the prompt, rewrite it as a full description and choose the picture's "
+                "size. Connect trace, width and height to Hunyuan3 Conditioning."
+            ),
+            search_aliases=["hunyuan rewrite", "hunyuan recaption", "prompt enhancer"],
+            inputs=[
+                HunyuanModel.Input("model", tooltip="From the Hunyuan3 Loader."),
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True, default="", tooltip="What is wanted."),
+                io.Combo.Input(
+                    "task",
+                    options=_TASKS,
+                    default="think_recaption",
+                    tooltip=(
+                        "Think and rewrite, only rewrite, only think, or (img_ratio) only choose the picture's shape. "
+                        "The shape is chosen in each case."
+                    ),
+                ),
+                *sampling_inputs(),
+                HunyuanImages.Input("images", optional=True, tooltip="From Hunyuan3 Image Conditioning."),
+                HunyuanConversation.Input("conversation", optional=True, tooltip="Earlier turns, to go on from."),
+                io.Combo.Input(
+                    "system_prompt",
+                    options=SYSTEM_PROMPTS,
+                    default="auto",
+                    optional=True,
+                    tooltip="As in Hunyuan3 Conditioning; use the same choice in both.",
+                ),
+                io.String.Input(
+                    "custom_system_prompt",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="Your own system prompt, used when system_prompt is 'custom'.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("thinking", display_name="thinking", tooltip="What it thought."),
+                io.String.Output("rewritten", display_name="rewritten prompt", tooltip="The full description."),
+                io.String.Output("trace", display_name="trace", tooltip="All of it with tags, for the conditioning."),
+                io.Int.Output("width", display_name="width", tooltip="Width of the shape that it chose."),
+                io.Int.Output("height", display_name="height", tooltip="Height of the shape that it chose."),
+                HunyuanConversation.Output(
+                    "conversation_out", display_name="conversation", tooltip="With this turn added, for the next one."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelHandle,
+        prompt: str,
+        task: str = "think_recaption",
+        seed: int = 0,
+        sampling: str = "checkpoint",
+        temperature: float = 0.6,
+        top_k: int = 1024,
+        top_p: float = 0.95,
+        repetition_penalty: float = 1.0,
+        max_new_tokens: int = 0,
+        images: PictureSet | None = None,
+        conversation: Conversation | None = None,
+        system_prompt: str = "auto",
+        custom_system_prompt: str = "",
+    ) -> io.NodeOutput:
+        folder = model.model.folder
+        shown, earlier = pictures_for(model, images, conversation)
+        request = TextRequest(
+            prompt,
+            shown.pictures,
+            system_prompt=system_prompt,
+            custom_system_prompt=custom_system_prompt,
+            bot_task=task,
+            history=earlier.messages,
+        )
+        only_ratio = task == "img_ratio"
+        plan = choosing_ratio(folder) if only_ratio else thinking(folder, task, need_ratio=True)
+        progress = NodeProgress(cls.hidden.unique_id)
+        run = write(
+            model,
+            request,
+            plan,
+            progress,
+            lambda run, _stage: "" if only_ratio else run.trace,
+            sampling=sampling_options(sampling, temperature, top_k, top_p, repetition_penalty),
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+        )
+        trace = "" if only_ratio else close_trace(run.trace)
+        size = run.resolution.size
+        text = f"{trace}\n\n{size.width}x{size.height}{_cut_off(run)}".strip()
+        progress.stream("done", text)
+        progress.log(f"thought {len(run.ids)} tokens, {size.width}x{size.height}{_cut_off(run)}")
+        turn = [Message("user", picture.in_template()) for picture in shown.pictures[len(earlier.pictures) :]]
+        turn.append(Message("user", prompt))
+        if trace:
+            turn.append(Message("assistant", trace))
+        later = Conversation((*earlier.messages, *turn), shown.pictures, folder.fingerprint)
+        return io.NodeOutput(
+            think_body(trace), recaption_body(trace), trace, size.width, size.height, later, ui={"text": [text]}
+        )
+
+
+def _cut_off(run: WritingRun) -> str:
+    """What to say of a pass that did not end by itself; "" if it did."""
+    if run.finish == "length":
+        return " (cut off by max_new_tokens: raise it for the whole text)"
+    return " (the model ended its text early)" if run.finish == "end_of_text" else ""
