@@ -72,7 +72,7 @@ class Hunyuan3Conditioning(io.ComfyNode):
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="Your own system prompt, used when system_prompt is 'custom'.",
+                    tooltip="Your own system prompt, used when system_prompt is 'custom'. Empty: none.",
                 ),
                 io.String.Input(
                     "trace",

@@ -3,13 +3,14 @@
 import torch
 
 from ..hunyuan3.placement.estimate import decode_bytes
-from .compat import io, schema
+from .compat import io, require_choice, schema
 from .convert import pictures_of
 from .io_types import HunyuanImages, HunyuanModel, ModelHandle, PictureSet
 from .memory import bring_to_device
 from .progress import NodeProgress, check_cancelled
 
 _SOCKETS = tuple(f"image_{index}" for index in range(1, 7))
+POSTERIORS = ("fixed", "reference")
 _TRAINED_FOR = 3
 
 
@@ -44,7 +45,7 @@ class Hunyuan3ImageConditioning(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "posterior",
-                    options=["fixed", "reference"],
+                    options=list(POSTERIORS),
                     default="fixed",
                     optional=True,
                     tooltip=(
@@ -61,6 +62,7 @@ class Hunyuan3ImageConditioning(io.ComfyNode):
     def execute(
         cls, model: ModelHandle, align: bool = False, posterior: str = "fixed", **images: torch.Tensor | None
     ) -> io.NodeOutput:
+        require_choice("posterior", posterior, POSTERIORS)
         pictures = [
             picture
             for socket in _SOCKETS

@@ -95,8 +95,10 @@ class Hunyuan3Loader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, **_others: object) -> list[float]:
-        """A folder whose files were replaced is opened again."""
+    def fingerprint_inputs(cls, checkpoint: str | None, **_others: object) -> list[float]:
+        """A folder whose files were replaced is opened again. A name that comes through a link is not known here."""
+        if checkpoint is None:
+            return []
         try:
             folder = checkpoint_path(checkpoint)
         except RequestError:
@@ -142,10 +144,9 @@ def describe(handle: ModelHandle) -> str:
     options = handle.model.options
     size = handle.transformer.model_size() / GIB
     return (
-        f"{handle.name}: {handle.model.folder.variant}, {size:.2f} GiB in {_short(options.dtype)} on {options.device}; "
-        f"experts: {options.moe_backend} ({options.moe_reason}); router: {options.router}; "
-        f"attention: {options.attention}; "
-        f"VAE: {_short(options.vae_dtype)}"
+        f"{handle.model.folder.variant}, {_short(options.dtype)} on {options.device}, {size:.2f} GiB; "
+        f"experts: {options.moe_backend} ({options.moe_reason}), router {options.router}, "
+        f"attention {options.attention}, VAE {_short(options.vae_dtype)}; {handle.name}"
     )
 
 

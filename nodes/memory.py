@@ -74,16 +74,13 @@ class PartPatcher(ModelPatcher):
         missing = self.model_size() - self.loaded_size()
         if missing == 0:
             return 0
-        if missing > extra_memory:
-            raise RequestError(
-                f"The {self.placed.name} needs {missing / GIB:.1f} GiB more on {self.load_device}, ComfyUI can give it "
-                f"{max(extra_memory, 0) / GIB:.1f} GiB. Close other programs that use the card, or use a larger one."
-            )
         before = self.loaded_size()
         try:
+            self._require_room(missing, extra_memory)
             self.placed.load(progress=self.progress, check_cancelled=mm.throw_exception_if_processing_interrupted)
         except BaseException:
-            # The manager does not list a part whose loading was stopped, so nobody would ever evict what came already.
+            # The manager does not list a part whose loading failed, so nobody would ever evict what is there already.
+            self._give_up_kept()
             self.placed.unload(host_has_room=_host_has_room)
             raise
         finally:
@@ -118,6 +115,13 @@ class PartPatcher(ModelPatcher):
 
     def add_patches(self, *args: object, **kwargs: object) -> list[str]:
         raise RequestError("LoRA and other weight patches are not supported for Hunyuan Image 3 yet.")
+
+    def _require_room(self, missing: int, room: float) -> None:
+        if missing > room:
+            raise RequestError(
+                f"The {self.placed.name} needs {missing / GIB:.1f} GiB more on {self.load_device}, ComfyUI can give it "
+                f"{max(room, 0) / GIB:.1f} GiB. Close other programs that use the card, or use a larger one."
+            )
 
     def _kept_bytes(self) -> int:
         return 0 if self.prefixes is None else self.prefixes.nbytes

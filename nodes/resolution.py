@@ -1,7 +1,7 @@
 """Hunyuan3Resolution: a width and a height that the model was trained on."""
 
 from ..hunyuan3.image.resolution import ResolutionTable
-from .compat import io, schema
+from .compat import io, require_choice, schema
 from .io_types import HunyuanModel, ModelHandle
 
 _CUSTOM = "custom"
@@ -71,6 +71,7 @@ class Hunyuan3Resolution(io.ComfyNode):
     def execute(
         cls, ratio: str, width: int = 1024, height: int = 1024, snap: bool = False, model: ModelHandle | None = None
     ) -> io.NodeOutput:
+        require_choice("ratio", ratio, (*_PRESETS, _CUSTOM))
         table = ResolutionTable.build(1024, 37) if model is None else model.model.folder.resolutions
         if ratio != _CUSTOM:
             resolution = table.parse(ratio)

@@ -7,12 +7,15 @@ from ..hunyuan3.generate.noise import NOISE_SOURCES
 from ..hunyuan3.generate.taylor import TaylorOptions
 from ..hunyuan3.placement.estimate import sampling_bytes
 from ..hunyuan3.run import SamplingRun
-from .compat import io, schema
+from .compat import io, require_choice, schema
 from .io_types import HunyuanConditioning, HunyuanModel, HunyuanStepCache, ModelHandle
 from .memory import bring_to_device
 from .preview import PREVIEW_MODES, previewer_for
 from .progress import NodeProgress, check_cancelled
 from .vae import require_room_to_decode
+
+
+CFG_MODES = ("batched", "sequential")
 
 
 class Hunyuan3Sampler(io.ComfyNode):
@@ -95,7 +98,7 @@ class Hunyuan3Sampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "cfg_mode",
-                    options=["batched", "sequential"],
+                    options=list(CFG_MODES),
                     default="batched",
                     optional=True,
                     tooltip=(
@@ -129,6 +132,8 @@ class Hunyuan3Sampler(io.ComfyNode):
         cfg_mode: str = "batched",
     ) -> io.NodeOutput:
         core = model.model
+        require_choice("preview", preview, PREVIEW_MODES)
+        require_choice("cfg_mode", cfg_mode, CFG_MODES)
         # Every setting is checked before any weight is loaded.
         run = SamplingRun.prepare(
             core.folder,
@@ -166,12 +171,11 @@ def describe(model: ModelHandle, run: SamplingRun) -> str:
     """One line: what a run used, the checkpoint's defaults filled in."""
     used, size = run.settings, run.conditioning.size
     parts = [
-        f"{model.name} ({model.model.folder.variant})",
-        f"{size.width}x{size.height}",
         f"{used.steps} steps",
         f"guidance {used.guidance:g}",
         f"shift {used.shift:g}",
         f"seed {used.seed}",
+        f"{size.width}x{size.height}",
         f"{used.noise} noise",
     ]
     if used.batch_size > 1:
@@ -180,4 +184,5 @@ def describe(model: ModelHandle, run: SamplingRun) -> str:
         parts.append(f"step cache every {used.taylor.interval}")
     if used.denoise < 1:
         parts.append(f"denoise {used.denoise:g}")
+    parts.append(f"{model.name} ({model.model.folder.variant})")
     return ", ".join(parts)

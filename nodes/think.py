@@ -3,7 +3,7 @@
 from ..hunyuan3.text.template import Message
 from ..hunyuan3.text.trace import close_trace, recaption_body, think_body
 from ..hunyuan3.writing import TextRequest, WritingRun, choosing_ratio, thinking
-from .compat import io, schema
+from .compat import io, require_choice, schema
 from .io_types import Conversation, HunyuanConversation, HunyuanImages, HunyuanModel, ModelHandle, PictureSet
 from .progress import NodeProgress
 from .writing import SYSTEM_PROMPTS, pictures_for, sampling_inputs, sampling_options, write
@@ -87,6 +87,7 @@ class Hunyuan3Think(io.ComfyNode):
         system_prompt: str = "auto",
         custom_system_prompt: str = "",
     ) -> io.NodeOutput:
+        require_choice("task", task, _TASKS)
         folder = model.model.folder
         shown, earlier = pictures_for(model, images, conversation)
         request = TextRequest(

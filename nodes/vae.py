@@ -65,6 +65,7 @@ class Hunyuan3VAEDecode(io.ComfyNode):
         image = model.model.decode(latents, tile_size=tile, check_cancelled=check_cancelled)
         if images is not None and images.align:
             image = model.model.restore_shape(image, [picture.size for picture in images.pictures])
+        progress.text(f"{image.shape[2]}x{image.shape[1]}" + ("" if tile is None else f", in tiles of {tile} pixels"))
         return io.NodeOutput(image)
 
 

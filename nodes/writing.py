@@ -9,13 +9,14 @@ from ..hunyuan3.generate.stages import StagePlan
 from ..hunyuan3.placement.estimate import sampling_bytes
 from ..hunyuan3.text.system_prompts import CHOICES
 from ..hunyuan3.writing import TextRequest, WritingRun
-from .compat import io
+from .compat import io, require_choice
 from .io_types import Conversation, ModelHandle, PictureSet
 from .memory import bring_to_device
 from .progress import NodeProgress, check_cancelled
 
 _INTERVAL = 0.1  # seconds between two updates of the text on the node
 
+SAMPLINGS = ("checkpoint", "greedy", "custom")
 SYSTEM_PROMPTS = ["auto", *CHOICES]
 
 
@@ -32,7 +33,7 @@ def sampling_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "sampling",
-            options=["checkpoint", "greedy", "custom"],
+            options=list(SAMPLINGS),
             default="checkpoint",
             optional=True,
             tooltip="'checkpoint': its own settings. 'greedy': always the likeliest word. 'custom': the four below.",
@@ -60,6 +61,7 @@ def sampling_options(
     sampling: str, temperature: float, top_k: int, top_p: float, repetition_penalty: float
 ) -> SamplingOptions | None:
     """The settings that the inputs ask for; None for the checkpoint's own."""
+    require_choice("sampling", sampling, SAMPLINGS)
     if sampling == "checkpoint":
         return None
     if sampling == "greedy":

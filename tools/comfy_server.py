@@ -61,6 +61,7 @@ class ComfyServer:
     comfyui, python: the ComfyUI folder and the Python that runs it (testbed.Bed).
     checkpoints: name -> folder, shown to the nodes as models/hunyuan3/<name>.
     package: what to place in custom_nodes under the name PACKAGE; None for a ComfyUI without it.
+    packs: name -> folder of further custom nodes to place beside it.
     arguments: further command line arguments of ComfyUI's main.py.
     port: 0 takes a free one.
     deadline: seconds until the server must answer.
@@ -73,6 +74,7 @@ class ComfyServer:
         *,
         checkpoints: Mapping[str, Path] | None = None,
         package: Path | None = REPO,
+        packs: Mapping[str, Path] | None = None,
         arguments: Sequence[str] = (),
         port: int = 0,
         deadline: float = 240.0,
@@ -81,6 +83,7 @@ class ComfyServer:
         self.python = python
         self.checkpoints = dict(checkpoints or {})
         self.package = package
+        self.packs = dict(packs or {})
         self.arguments = list(arguments)
         self.port = port
         self.deadline = deadline
@@ -133,6 +136,8 @@ class ComfyServer:
             _place(Path(folder).resolve(), self.base / "models" / MODELS / name)
         if self.package is not None:
             _place(self.package.resolve(), self.placed, shutil.ignore_patterns(*NOT_THE_PACKAGE))
+        for name, folder in self.packs.items():
+            _place(folder.resolve(), self.base / "custom_nodes" / name)
 
     def _start(self, stack: contextlib.ExitStack) -> subprocess.Popen[bytes]:
         # --base-directory moves models, custom_nodes, input, output, temp and user. The whitelist matters where the
@@ -141,6 +146,7 @@ class ComfyServer:
         command = [self.python, self.comfyui / "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", self.base, "--database-url", "sqlite:///:memory:", "--disable-auto-launch"]
         command += ["--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACKAGE]
+        command += self.packs
         command += self.arguments
         # Nothing here may reach for a model hub: a checkpoint is complete or it is an error.
         env = clean_env(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DO_NOT_TRACK="1")
@@ -264,6 +270,10 @@ class ComfyServer:
             text = f"{_where(error)}: {error['exception_type']}: {error['exception_message']}"
             raise PromptError(f"{text}\n{''.join(error.get('traceback', []))}", error)
         return entry["outputs"]
+
+    def history(self, prompt_id: str) -> Json:
+        """Return what the server keeps of a prompt that has ended: prompt, outputs, status with its messages."""
+        return self.get(f"/history/{prompt_id}")[prompt_id]
 
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Stop the running prompt, or only if it is `prompt_id`."""

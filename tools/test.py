@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import testbed
+from tools import browser_setup, testbed
 from tools.testbed import REPO, say
 
 
@@ -43,6 +43,7 @@ def main(pytest_arguments: Sequence[str]) -> int:
     except testbed.TestbedError as error:
         say(f"error: {error}")
         return 1
+    browser = _browser()
     module = [str(bed.python), "-m"]
     checks = {
         "ruff check": [*module, "ruff", "check", "--extend-exclude", ".cache", "."],
@@ -50,13 +51,24 @@ def main(pytest_arguments: Sequence[str]) -> int:
         "parity": [*module, "tests.parity", str(golden_dir()), "--allow-missing"],
         "pytest": [*module, "pytest", *pytest_arguments],
     }
-    env = testbed.clean_env(COMFYUI_PATH=str(bed.comfyui), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    env = testbed.clean_env(COMFYUI_PATH=str(bed.comfyui), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", **browser)
+    # Tiny tensors gain nothing from threads, and threads that wait for each other cost a multiple.
+    env.setdefault("OMP_NUM_THREADS", "1")
     results = [_run(name, command, env) for name, command in checks.items()]
     print("\nSummary")
     for result in results:
         verdict = "ok    " if result.code == 0 else "FAILED"
         print(f"  {verdict} {result.name:<12} {result.seconds:6.1f} s  {result.line}")
     return max(result.code for result in results)
+
+
+def _browser() -> dict[str, str]:
+    """Where the browser is, for the tests that drive one; without one those tests fail and say so."""
+    try:
+        return {"CHROMIUM_PATH": str(browser_setup.ensure_browser())}
+    except browser_setup.BrowserError as error:
+        say(f"no browser: {error}")
+        return {}
 
 
 def golden_dir() -> Path:

@@ -1,0 +1,107 @@
+"""The shipped workflows: made from their one source, known to ComfyUI, and running."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.nodes import shipped
+from tools import workflows
+from tools.comfy_server import PACKAGE, ComfyServer, with_inputs
+
+pytestmark = pytest.mark.comfy
+
+QUICK = {
+    "Hunyuan3Resolution": {"ratio": "custom", "width": 96, "height": 64},
+    "Hunyuan3Sampler": {"steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def server(comfy_server: ComfyServer) -> ComfyServer:
+    """A ComfyUI that has all published folders, each with a tiny checkpoint in it."""
+    shipped.place_checkpoints(comfy_server)
+    return comfy_server
+
+
+@pytest.fixture(scope="module")
+def object_info(server: ComfyServer) -> dict[str, Any]:
+    return server.get("/object_info")
+
+
+def test_files_are_what_the_source_gives(object_info: dict[str, Any]):
+    wrong = workflows.differences(workflows.render(object_info))
+    assert wrong == [], "run: python3 tools/workflows.py"
+
+
+def test_changed_missing_and_extra_files_are_noticed(tmp_path: Path):
+    files = {"one.json": "1\n", "api/one.json": "2\n", "api/two.json": "3\n"}
+    workflows.write(files, tmp_path)
+    assert workflows.differences(files, tmp_path) == []
+    (tmp_path / "one.json").write_text("0\n", encoding="utf-8")
+    (tmp_path / "api" / "one.json").unlink()
+    (tmp_path / "mine.json").touch()
+    assert workflows.differences(files, tmp_path) == ["missing: api/one.json", "other: one.json", "extra: mine.json"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"filename_prefix": "x", "images": 0, "colour": "red"}, "no input colour"),
+        ({"filename_prefix": "x"}, "needs images"),
+    ],
+)
+def test_source_that_does_not_fit_the_nodes_is_an_error(
+    object_info: dict[str, Any], inputs: dict[str, Any], message: str
+):
+    graph = workflows.Graph("wrong")
+    empty = graph.node("EmptyImage", 0)
+    if "images" in inputs:
+        inputs = {**inputs, "images": empty["IMAGE"]}
+    graph.node("SaveImage", 1, **inputs)
+    with pytest.raises(workflows.WorkflowError, match=message):
+        workflows.api_format(graph, object_info)
+
+
+def test_link_between_types_that_do_not_fit_is_an_error(object_info: dict[str, Any]):
+    graph = workflows.Graph("wrong")
+    size = graph.node("Hunyuan3Resolution", 0)
+    graph.node("SaveImage", 1, images=size["width"])
+    with pytest.raises(workflows.WorkflowError, match="takes IMAGE"):
+        workflows.page_format(graph, object_info)
+
+
+@pytest.mark.parametrize("name", shipped.NAMES)
+def test_page_format_has_only_what_the_nodes_have(object_info: dict[str, Any], name: str):
+    """Counted in /object_info itself, without the generator."""
+    for node in shipped.for_page(name)["nodes"]:
+        if node["type"] == "MarkdownNote":  # the page's own
+            continue
+        info = object_info[node["type"]]
+        known = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        assert {given["name"] for given in node["inputs"]} == known.keys()
+        assert [output["name"] for output in node["outputs"]] == info["output_name"]
+        fields = [given["name"] for given in node["inputs"] if "widget" in given]
+        seeds = [name for name in fields if known[name][1].get("control_after_generate")]
+        assert len(node["widgets_values"]) == len(fields) + len(seeds)
+
+
+def test_comfyui_offers_the_workflows_as_templates(server: ComfyServer):
+    assert set(server.get("/workflow_templates")[PACKAGE]) == set(shipped.NAMES)
+
+
+@pytest.mark.parametrize("name", shipped.NAMES)
+def test_workflow_runs_and_gives_pictures(server: ComfyServer, name: str):
+    prompt = shipped.for_api(name)
+    outputs = server.queue(with_inputs(prompt, QUICK))
+    saved = [node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage"]
+    assert saved
+    for node_id in saved:
+        (image,) = outputs[node_id]["images"]
+        picture = Image.open(io.BytesIO(server.view(**image)))
+        assert picture.size == (96, 64)
+        assert len(picture.getcolors(maxcolors=2**24)) > 100  # not blank
