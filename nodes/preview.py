@@ -1,6 +1,7 @@
 """The picture that shows while it is drawn: the predicted clean latent through one small linear map."""
 
 import json
+import logging
 from pathlib import Path
 
 import folder_paths
@@ -12,6 +13,8 @@ from ..hunyuan3.vae.preview import PreviewFactors, fit_preview
 from .io_types import ModelHandle
 from .memory import bring_to_device
 from .progress import NodeProgress, check_cancelled
+
+_log = logging.getLogger(__name__)
 
 PREVIEW_MODES = ("auto", "off")
 _ENLARGED = 4  # a latent pixel stands for 16 x 16 pixels; a page shows previews at their own size
@@ -46,7 +49,7 @@ def previewer_for(model: ModelHandle, mode: str, progress: NodeProgress) -> Step
     if mode == "off":
         return None
     path = Path(folder_paths.get_user_directory()) / "hunyuan3" / "previews" / f"{model.model.vae_fingerprint()}.json"
-    factors = _read(path)
+    factors = _read(path, model.model.folder.config.vae.latent_channels)
     if factors is None:
         bring_to_device(model.vae, 0, progress)
         progress.text("prepare previews (once per VAE)")
@@ -64,15 +67,22 @@ def _latent_format(channels: int, factors: PreviewFactors) -> LatentFormat:
     return latent_format
 
 
-def _read(path: Path) -> PreviewFactors | None:
+def _read(path: Path, channels: int) -> PreviewFactors | None:
+    """The factors kept in a file; None if there are none yet or the file is damaged: they are fitted again."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return PreviewFactors(torch.tensor(data["weight"]), torch.tensor(data["bias"]))
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
-        return None  # not fitted yet, or cut off in writing: fitted again
+        factors = PreviewFactors(torch.tensor(data["weight"]), torch.tensor(data["bias"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    fits = factors.weight.shape == (channels, 3) and factors.bias.shape == (3,)
+    return factors if fits else None
 
 
 def _write(path: Path, factors: PreviewFactors) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Keeps the factors for the next time. A drawing does not fail for want of a place to do so."""
     data = {"weight": factors.weight.tolist(), "bias": factors.bias.tolist()}
-    path.write_text(json.dumps(data), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data), encoding="utf-8")
+    except OSError as error:
+        _log.warning("Hunyuan Image 3: previews are prepared again next time, %s cannot be written (%s)", path, error)

@@ -14,7 +14,6 @@ from .preview import PREVIEW_MODES, previewer_for
 from .progress import NodeProgress, check_cancelled
 from .vae import require_room_to_decode
 
-
 CFG_MODES = ("batched", "sequential")
 
 
