@@ -11,6 +11,7 @@ from tqdm import tqdm
 from .errors import Hunyuan3Error
 from .generate.noise import NOISE_SOURCES
 from .pipeline import Hunyuan3
+from .quant.policy import FORMATS
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -21,6 +22,7 @@ def draw(args: argparse.Namespace) -> None:
             variant=args.variant,
             device=args.device,
             dtype=args.dtype,
+            format=args.format,
             progress=lambda _stage, done, total: _move(bar, done, total),
         )
     conditioning = model.conditioning(
@@ -80,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--variant", default="auto", help="auto, base, instruct or distil")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", help="auto, bfloat16 or float32")
+    add("--format", choices=FORMATS, default="bf16", help="how the large matrices are stored (default: as published)")
     add("--tile-size", type=int, default=0, help="decode in tiles of so many pixels (default: whole)")
     args = parser.parse_args(argv)
     try:

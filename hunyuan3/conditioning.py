@@ -66,6 +66,12 @@ def make_conditioning(
 
     Raises RequestError (too long, unknown choice) or CheckpointError (the folder lacks that system prompt).
     """
+    if resolution.grid.height * resolution.grid.width > folder.max_length:  # before so many tokens are laid out
+        raise RequestError(
+            f"A picture of {resolution.size.width}x{resolution.size.height} takes "
+            f"{resolution.grid.height * resolution.grid.width} tokens, the limit is {folder.max_length}. "
+            "Choose a smaller size."
+        )
     if system is None:
         system = system_text(folder, system_prompt, custom_system_prompt, bot_task, reference)
     if trace and not reference:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .callbacks import CheckCancelled
-from .checkpoint.keymap import ROUTER_SUFFIX, Slot
+from .checkpoint.keymap import ROUTER_SUFFIX, Slot, transformer_slots
 from .checkpoint.load import Transform, load_parameters
 from .errors import RequestError
 from .folder import ModelFolder
@@ -17,6 +17,8 @@ from .moe.router import RouterPrecision
 from .moe.select import MoEBackend, choose_backend, expert_backend, log_choice
 from .ops.attention import AttentionBackend, attention_backend
 from .placement.placed import PlacedModule, units_by_prefix
+from .quant.modules import is_quantized, swap, transform_to
+from .quant.policy import policy_of
 from .transformer.model import Hunyuan3Transformer
 from .vae.autoencoder import AutoencoderKLConv3D
 
@@ -38,6 +40,7 @@ class LoadOptions:
     router: "reference" runs the router in the model's dtype, as the reference does; "fp32" always in float32.
     drop_tokens: the reference's capacity rule, for comparisons; None means what config.json says (published: off).
     attention: "auto", "sdpa" or "math" (see ops.attention).
+    format: "bf16" (as published), "fp8", "int8" or "int4": how the large matrices are stored (see quant.policy).
     """
 
     device: str | torch.device = "auto"
@@ -47,6 +50,7 @@ class LoadOptions:
     router: RouterPrecision = "reference"
     drop_tokens: bool | None = None
     attention: AttentionBackend = "auto"
+    format: str = "bf16"
 
     def resolved(self) -> "ResolvedOptions":
         """Settles what is "auto" on this machine. Raises RequestError for what is unknown or does not work here."""
@@ -60,7 +64,10 @@ class LoadOptions:
         backend, reason = choose_backend(self.moe_backend, device, dtype)
         attention_backend(self.attention)  # refuses unknown names now, not after loading
         attention = "sdpa" if self.attention == "auto" else self.attention
-        return ResolvedOptions(device, dtype, vae_dtype, backend, reason, self.router, self.drop_tokens, attention)
+        policy_of(self.format)
+        return ResolvedOptions(
+            device, dtype, vae_dtype, backend, reason, self.router, self.drop_tokens, attention, self.format
+        )
 
 
 @dataclass(frozen=True)
@@ -75,25 +82,31 @@ class ResolvedOptions:
     router: RouterPrecision
     drop_tokens: bool | None
     attention: str
+    format: str
 
 
-def place_transformer(
-    folder: ModelFolder, options: ResolvedOptions, transform: Transform | None = None
-) -> PlacedModule:
+def place_transformer(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
     """The transformer, unloaded; layers are its units. The router's weights stay float32 in every dtype."""
     log_choice(options.moe_backend, options.moe_reason)
     model = folder.networks.transformer()
+    slots, transform = folder.networks.transformer_slots, None
+    policy = policy_of(options.format)
+    if policy is not None:
+        swap(model, policy)
+        slots = transformer_slots(dict(model.named_parameters()))
+        transform = transform_to(policy, options.device)
     for layer in model.layers:
         layer.mlp.backend = expert_backend(options.moe_backend)
         layer.mlp.router.precision = options.router
         layer.self_attn.attend = attention_backend(options.attention)
         if options.drop_tokens is not None:
             layer.mlp.drop_tokens = options.drop_tokens
+    stored = {name: parameter.dtype for name, parameter in model.named_parameters() if is_quantized(name, model)}
 
     def dtype_of(name: str) -> torch.dtype:
-        return torch.float32 if name.endswith(ROUTER_SUFFIX) else options.dtype
+        return stored.get(name) or (torch.float32 if name.endswith(ROUTER_SUFFIX) else options.dtype)
 
-    return _place("transformer", model.eval(), folder, folder.networks.transformer_slots, options, dtype_of, transform)
+    return _place("transformer", model.eval(), folder, slots, options, dtype_of, transform)
 
 
 def place_vae(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:

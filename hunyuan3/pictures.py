@@ -97,10 +97,9 @@ def show_pictures(
     """
     shown = []
     for index, picture in enumerate(pictures):
-        if generator is None:
-            source, key = torch.Generator().manual_seed(_FIXED_SEED + index), f"{picture.key}/fixed{index}"
-        else:
-            source, key = generator, f"{picture.key}/{generator.initial_seed()}.{index}"
-        latent = picture.posterior.sample(source)
-        shown.append(ShownPicture(vae.scale(latent)[0], picture.tokens, key))
+        source = generator or torch.Generator().manual_seed(_FIXED_SEED + index)
+        latent = vae.scale(picture.posterior.sample(source))[0]
+        # By its numbers: a generator's seed does not tell how much was drawn from it before.
+        drawn = hashlib.sha256(latent.cpu().numpy().tobytes()).hexdigest()[:16]
+        shown.append(ShownPicture(latent, picture.tokens, f"{picture.key}/{drawn}"))
     return tuple(shown)

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 from .callbacks import CheckCancelled, Progress, never_cancelled, no_progress
+from .checkpoint.index import open_shard
 from .conditioning import Conditioning, make_conditioning
 from .errors import RequestError
 from .folder import ModelFolder
@@ -203,7 +203,7 @@ class Hunyuan3:
         names = ("vae.encoder.conv_in.weight", "vae.encoder.conv_out.weight", "vae.decoder.conv_out.weight")
         digest = hashlib.sha256()
         for name in names:
-            with safe_open(self.folder.index[name].file, framework="pt") as file:
+            with open_shard(self.folder.index[name].file) as file:
                 digest.update(file.get_tensor(name).to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 

@@ -94,6 +94,8 @@ class WritingRun:
         """The text so far with its tags: what a drawing starts from. Without the tokens that lead to the ratio."""
         ids, tokens = self.ids, self.folder.tokens
         lead = self.plan.to_ratio
+        if ids and ids[-1] in self.plan.ratios and not self.request.reference:
+            ids = ids[:-1]  # also where it came in the middle of the text
         for at in range(len(ids)):
             if lead and tuple(ids[at : at + len(lead)]) == lead[: len(ids) - at]:
                 ids = ids[:at]

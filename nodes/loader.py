@@ -12,6 +12,7 @@ from ..hunyuan3.moe.select import MOE_BACKENDS
 from ..hunyuan3.ops.attention import ATTENTION_BACKENDS
 from ..hunyuan3.parts import DTYPES, VAE_DTYPES
 from ..hunyuan3.pipeline import Hunyuan3
+from ..hunyuan3.quant.policy import FORMATS
 from .compat import io, schema
 from .folders import checkpoint_names, checkpoint_path
 from .io_types import HunyuanModel, ModelHandle
@@ -89,6 +90,16 @@ class Hunyuan3Loader(io.ComfyNode):
                     optional=True,
                     tooltip="'auto' and 'sdpa': PyTorch's fused attention. 'math': written out, slow, for comparisons.",
                 ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="bf16",
+                    optional=True,
+                    tooltip=(
+                        "How the large matrices are kept: as published (163 GB), fp8 or int8 (83 GB; int8 is the more "
+                        "exact), int4 (49 GB). They are converted while loading; the arithmetic stays in 'dtype'."
+                    ),
+                ),
             ],
             outputs=[HunyuanModel.Output("model", display_name="model", tooltip="For all other Hunyuan3 nodes.")],
             hidden=[io.Hidden.unique_id],
@@ -116,6 +127,7 @@ class Hunyuan3Loader(io.ComfyNode):
         router: str = "reference",
         vae_dtype: str = "auto",
         attention: str = "auto",
+        format: str = "bf16",
     ) -> io.NodeOutput:
         model = Hunyuan3.open(
             checkpoint_path(checkpoint),
@@ -126,6 +138,7 @@ class Hunyuan3Loader(io.ComfyNode):
             moe_backend=moe_backend,
             router=router,
             attention=attention,
+            format=format,
         )
         handle = ModelHandle(
             name=checkpoint,
@@ -144,7 +157,7 @@ def describe(handle: ModelHandle) -> str:
     options = handle.model.options
     size = handle.transformer.model_size() / GIB
     return (
-        f"{handle.model.folder.variant}, {_short(options.dtype)} on {options.device}, {size:.2f} GiB; "
+        f"{handle.model.folder.variant}, {options.format}, {_short(options.dtype)} on {options.device}, {size:.2f} GiB; "
         f"experts: {options.moe_backend} ({options.moe_reason}), router {options.router}, "
         f"attention {options.attention}, VAE {_short(options.vae_dtype)}; {handle.name}"
     )

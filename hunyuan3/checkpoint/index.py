@@ -5,6 +5,7 @@ Headers only: a 160 GB folder is indexed in well under a second, and everything 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,18 +89,22 @@ def _read_shards(folder: Path, index_path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+@contextmanager
+def open_shard(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, open for reading. Raises CheckpointError naming the file if it is missing or damaged."""
     if not path.exists():
         reason = "is a link to a file that does not exist" if path.is_symlink() else "is missing"
         raise CheckpointError(f"{path} {reason}. Download this file again.")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {}
-            for name in file.keys():
-                part = file.get_slice(name)
-                tensors[name] = TensorInfo(path, tuple(part.get_shape()), part.get_dtype())
-            return tensors
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file ({error}). Download this file again."
         ) from error
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    with open_shard(path) as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        return {name: TensorInfo(path, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}

@@ -58,7 +58,7 @@ _VISION_FRAGMENTS = (
 )
 _UNDER_MODEL = ("wte.", "layers.", "ln_f.")
 _EXPERT_BANKS = {"gate_up": "gate_and_up_proj", "down": "down_proj"}
-_BANK_NAME = re.compile(r"(layers\.\d+\.mlp\.experts)\.(gate_up|down)")
+_BANK_NAME = re.compile(r"(layers\.\d+\.mlp\.experts)\.(gate_up|down)((?:_scale_\d)?)")
 
 
 def transformer_slots(parameters: Mapping[str, torch.Tensor]) -> dict[str, Slot]:
@@ -72,7 +72,7 @@ def transformer_slots(parameters: Mapping[str, torch.Tensor]) -> dict[str, Slot]
             slots[name] = Slot(parameter, None, tuple(tensor.shape))
             continue
         for expert in range(tensor.shape[0]):
-            name = f"model.{bank[1]}.{expert}.{_EXPERT_BANKS[bank[2]]}.weight"
+            name = f"model.{bank[1]}.{expert}.{_EXPERT_BANKS[bank[2]]}.weight{bank[3]}"
             slots[name] = Slot(parameter, expert, tuple(tensor.shape[1:]))
     return slots
 

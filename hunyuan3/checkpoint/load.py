@@ -8,23 +8,23 @@ missing, unexpected or misshapen tensor is listed before the first byte is read.
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from safetensors import safe_open
 
 from ..callbacks import CheckCancelled, never_cancelled
 from ..errors import CheckpointError
-from .index import CheckpointIndex
+from .index import CheckpointIndex, open_shard
 from .keymap import Slot, is_unused
 
 Transform = Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
 """Applied to each (published name, tensor) on its way in; yields what to store under which published-style name."""
 
 _LISTED = 12
+_DTYPES = ("BF16", "F16", "F32")  # numbers of any other kind are quantised weights, which mean nothing without scales
 
 
 def check_complete(index: CheckpointIndex, shapes: Mapping[str, tuple[int, ...]], folder: object) -> None:
     """Compares a folder's tensors with the names and shapes that its configuration promises.
 
-    Raises CheckpointError listing what is missing, unexpected and misshapen.
+    Raises CheckpointError listing what is missing, unexpected, misshapen and of a dtype that is not read.
     """
     missing = [name for name in shapes if name not in index]
     unexpected = [name for name in index if name not in shapes and not is_unused(name)]
@@ -33,9 +33,17 @@ def check_complete(index: CheckpointIndex, shapes: Mapping[str, tuple[int, ...]]
         for name, shape in shapes.items()
         if name in index and index[name].shape != tuple(shape)
     ]
+    quantised = [
+        f"{name}: {index[name].dtype}" for name in shapes if name in index and index[name].dtype not in _DTYPES
+    ]
     problems = [
         f"{len(names)} {what}: {_shortened(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of the wrong shape", misshapen),
+            ("in a format that is not read", quantised),
+        )
         if names
     ]
     if problems:
@@ -75,8 +83,9 @@ def load_parameters(
         target = filled[slot.parameter]
         (target if slot.expert is None else target[slot.expert]).copy_(tensor)
 
-    for path, names in index.by_file(list(slots)).items():
-        with safe_open(path, framework="pt") as file:
+    # What a transform adds (scales) is in no file.
+    for path, names in index.by_file([name for name in slots if name in index]).items():
+        with open_shard(path) as file:
             for name in names:
                 check_cancelled()
                 tensor = file.get_tensor(name)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How text is sampled. With `do_sample` False the most likely token is taken and the rest is unused.
+    """How text is sampled. With `do_sample` False the most likely token is taken; only the penalty then still counts.
 
     temperature above 0; top_k tokens (0: all); top_p in (0, 1]; repetition_penalty above 0 (1: none).
     """
@@ -42,6 +42,8 @@ class TokenSampler:
     """Picks one token after the other."""
 
     def __init__(self, options: SamplingOptions, seed: int, device: torch.device) -> None:
+        if not 0 <= seed < 2**64:
+            raise RequestError(f"seed is {seed}; it must be from 0 to 2**64 - 1.")
         self.options = options
         self.generator = torch.Generator(device).manual_seed(seed)
         self._processors = _processors(options)

@@ -55,7 +55,7 @@ def load_picture(source: str | Path | Image.Image) -> Image.Image:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError:
         raise RequestError(f"There is no picture {source}.") from None
-    except OSError as error:
+    except Exception as error:  # Pillow's readers raise all sorts: OSError, SyntaxError, ValueError, RuntimeError ...
         raise RequestError(f"{source} cannot be read as a picture ({error}).") from error
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from ..ops.quantized import QuantizedWeight, Weight
 from .dispatch import Dispatch
 from .weights import ExpertWeights
 
@@ -19,6 +20,10 @@ def run_experts(x: torch.Tensor, dispatch: Dispatch, experts: ExpertWeights, out
         ends = dispatch.ends[experts.first : last] - start
     if start == stop:
         return
-    hidden = F.grouped_mm(x[dispatch.token[start:stop]], experts.gate_up.transpose(1, 2), offs=ends)
+    hidden = F.grouped_mm(x[dispatch.token[start:stop]], _dense(experts.gate_up, x.dtype).transpose(1, 2), offs=ends)
     value, gate = hidden.chunk(2, dim=-1)
-    out[start:stop] = F.grouped_mm(value * F.silu(gate), experts.down.transpose(1, 2), offs=ends)
+    out[start:stop] = F.grouped_mm(value * F.silu(gate), _dense(experts.down, x.dtype).transpose(1, 2), offs=ends)
+
+
+def _dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight

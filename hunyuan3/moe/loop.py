@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from ..ops.quantized import linear
 from .dispatch import Dispatch
 from .weights import ExpertWeights
 
@@ -22,6 +23,6 @@ def run_experts(x: torch.Tensor, dispatch: Dispatch, experts: ExpertWeights, out
         start, stop = stop, ends[experts.first + index]
         if start == stop:
             continue
-        hidden = F.linear(x[dispatch.token[start:stop]], experts.gate_up[index])
+        hidden = linear(x[dispatch.token[start:stop]], experts.gate_up[index])
         value, gate = hidden.chunk(2, dim=-1)
-        torch.mm(value * F.silu(gate), experts.down[index].t(), out=out[start:stop])
+        out[start:stop] = linear(value * F.silu(gate), experts.down[index])

@@ -6,17 +6,20 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..ops.quantized import Weight
+
 
 class ExpertWeights(NamedTuple):
     """A run of consecutive experts: E of them, the first being expert number `first` of its layer.
 
     gate_up (E, 2F, D): rows [:F] give x1, rows [F:] give x2 of `down(x1 * silu(x2))` (the activation is on the
     second half, unlike the usual convention; spec 2.3). down (E, D, F).
+    Quantised weights are data as well, see ops.quantized.
     """
 
     first: int
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Weight
+    down: Weight
 
     @property
     def count(self) -> int:

@@ -16,7 +16,7 @@ from hunyuan3.checkpoint.index import INDEX_NAME, CheckpointIndex
 from hunyuan3.checkpoint.load import load_parameters
 from hunyuan3.config import VARIANTS, ModelConfig
 from hunyuan3.folder import ModelFolder, Networks
-from hunyuan3.parts import LoadOptions, place_transformer, place_vae
+from hunyuan3.parts import LoadOptions, place_vae
 from hunyuan3.pipeline import Hunyuan3
 from tests.core.golden_paths import REPOSITORY
 
@@ -148,8 +148,10 @@ def test_a_transform_sees_every_tensor_and_what_it_yields_is_stored(folders):
         seen.append(name)
         yield name, 2 * tensor.float()
 
-    options = LoadOptions(device="cpu").resolved()
-    plain, doubled = place_transformer(folder, options).load(), place_transformer(folder, options, double).load()
+    plain, doubled = (folder.networks.transformer() for _ in range(2))
+    where = {"device": torch.device("cpu"), "dtype_of": lambda _name: torch.float32}
+    load_parameters(plain, folder.index, folder.networks.transformer_slots, **where)
+    load_parameters(doubled, folder.index, folder.networks.transformer_slots, **where, transform=double)
     assert sorted(seen) == sorted(folder.networks.transformer_slots)
     for one, other in zip(plain.parameters(), doubled.parameters(), strict=True):
         assert torch.equal(2 * one, other)
