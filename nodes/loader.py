@@ -155,9 +155,9 @@ class Hunyuan3Loader(io.ComfyNode):
 def describe(handle: ModelHandle) -> str:
     """One line: what was opened and what was chosen for it."""
     options = handle.model.options
-    size = handle.transformer.model_size() / GIB
+    size = f"{handle.transformer.model_size() / GIB:.2f} GiB"
     return (
-        f"{handle.model.folder.variant}, {options.format}, {_short(options.dtype)} on {options.device}, {size:.2f} GiB; "
+        f"{handle.model.folder.variant}, {options.format}, {_short(options.dtype)} on {options.device}, {size}; "
         f"experts: {options.moe_backend} ({options.moe_reason}), router {options.router}, "
         f"attention {options.attention}, VAE {_short(options.vae_dtype)}; {handle.name}"
     )

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..hunyuan3.conditioning import Conditioning
+from ..hunyuan3.errors import RequestError
 from ..hunyuan3.generate.noise import NOISE_SOURCES
 from ..hunyuan3.generate.taylor import TaylorOptions
 from ..hunyuan3.placement.estimate import sampling_bytes
@@ -133,6 +134,10 @@ class Hunyuan3Sampler(io.ComfyNode):
         core = model.model
         require_choice("preview", preview, PREVIEW_MODES)
         require_choice("cfg_mode", cfg_mode, CFG_MODES)
+        if latent is not None and "noise_mask" in latent:
+            raise RequestError(
+                "latent carries a noise mask; drawing inside a mask is not supported yet. Remove the mask."
+            )
         # Every setting is checked before any weight is loaded.
         run = SamplingRun.prepare(
             core.folder,

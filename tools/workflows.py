@@ -36,6 +36,8 @@ DISTIL = "HunyuanImage-3.0-Instruct-Distil"
 VARIANTS = {BASE: "base", INSTRUCT: "instruct", DISTIL: "distil"}
 
 PROMPT = "A red fox asleep in tall grass, soft evening light, photograph"
+SHORT_PROMPT = "A poster for a lighthouse that has become a library"
+EXAMPLE = "example.png"  # the picture that ComfyUI has in its input folder
 
 Json = Any
 ObjectInfo = Mapping[str, Json]
@@ -73,7 +75,88 @@ def latent_to_latent(graph: Graph) -> None:
         "only once.",
     )
     first = _picture(graph, 2, model, conditioning, "first", seed=1, after_generate="fixed")
-    _picture(graph, 4, model, conditioning, "second", seed=2, latent=first["latent"], denoise=0.6)
+    latent = first.inputs["samples"]
+    _picture(graph, 4, model, conditioning, "second", seed=2, latent=latent, denoise=0.6)
+
+
+def think_and_draw(graph: Graph) -> None:
+    """Instruct thinks about a short prompt, rewrites it, chooses the size, then draws."""
+    _think_and_draw(graph, INSTRUCT)
+
+
+def think_and_draw_distil(graph: Graph) -> None:
+    """The same with Instruct-Distil: 8 steps."""
+    _think_and_draw(graph, DISTIL)
+
+
+def edit_picture(graph: Graph) -> None:
+    """Instruct changes a picture as the prompt says."""
+    _edit_picture(graph, INSTRUCT)
+
+
+def edit_picture_distil(graph: Graph) -> None:
+    """The same with Instruct-Distil: 8 steps."""
+    _edit_picture(graph, DISTIL)
+
+
+def fuse_three(graph: Graph) -> None:
+    """Instruct makes one picture of three."""
+    _fuse_three(graph, INSTRUCT)
+
+
+def fuse_three_distil(graph: Graph) -> None:
+    """The same with Instruct-Distil: 8 steps."""
+    _fuse_three(graph, DISTIL)
+
+
+def ask_picture(graph: Graph) -> None:
+    """Instruct answers a question about a picture, or describes it."""
+    loader = graph.node("Hunyuan3Loader", 0, size=(360, 0), checkpoint=INSTRUCT)
+    picture = graph.node("LoadImage", 0, size=(360, 360), image=EXAMPLE)
+    images = graph.node("Hunyuan3ImageConditioning", 1, size=(360, 0), model=loader["model"], image_1=picture["IMAGE"])
+    graph.node(
+        "Hunyuan3Ask",
+        2,
+        size=(460, 960),
+        prompt="Describe this picture in one paragraph.",
+        seed=1,
+        after_generate="fixed",
+        model=loader["model"],
+        images=images["images"],
+    )
+    does = "Answers a question about a picture, in text; here it asks for a caption. More pictures can be connected."
+    graph.note(1, size=(360, 330), text=_NOTE.format(does=does, after="", checkpoint=INSTRUCT))
+
+
+def multi_turn_edit(graph: Graph) -> None:
+    """Instruct draws a picture, then changes it in a second turn of the same conversation."""
+    loader = graph.node("Hunyuan3Loader", 0, size=(360, 0), checkpoint=INSTRUCT)
+    model = loader["model"]
+    first = graph.node("PrimitiveStringMultiline", 0, title=" (first turn)", size=(360, 160), value=SHORT_PROMPT)
+    think, conditioning = _think_then(graph, 1, model, first["STRING"], " (first turn)")
+    decode = _picture(graph, 3, model, conditioning, "first", seed=1, after_generate="fixed")
+    drawn = graph.node("Hunyuan3ImageConditioning", 5, size=(360, 0), model=model, image_1=decode["image"])
+    turns = graph.node(
+        "Hunyuan3Continue",
+        5,
+        size=(360, 0),
+        model=model,
+        conversation=think["conversation"],
+        images=drawn["images"],
+    )
+    second = graph.node(
+        "PrimitiveStringMultiline", 5, title=" (second turn)", size=(360, 160), value="Now the same at night, in snow."
+    )
+    _, conditioning = _think_then(
+        graph, 6, model, second["STRING"], " (second turn)", conversation=turns["conversation"]
+    )
+    _picture(graph, 8, model, conditioning, "second", seed=1)
+    does = (
+        "Draws a picture, then goes on from it in a second turn: the conversation with the first picture in it leads "
+        "to **Think** and **Conditioning** of the second. For a third turn, copy the second."
+    )
+    after = "The first turn's seeds are fixed, so it is computed only once."
+    graph.note(0, size=(360, 330), text=_NOTE.format(does=does, after=after + _DEFAULTS, checkpoint=INSTRUCT))
 
 
 WORKFLOWS: tuple[Callable[[Graph], None], ...] = (
@@ -81,7 +164,92 @@ WORKFLOWS: tuple[Callable[[Graph], None], ...] = (
     text_to_image_instruct,
     text_to_image_base,
     latent_to_latent,
+    think_and_draw,
+    edit_picture,
+    fuse_three,
+    ask_picture,
+    multi_turn_edit,
+    think_and_draw_distil,
+    edit_picture_distil,
+    fuse_three_distil,
 )
+
+
+def _think_and_draw(graph: Graph, checkpoint: str) -> None:
+    loader = graph.node("Hunyuan3Loader", 0, size=(360, 0), checkpoint=checkpoint)
+    prompt = graph.node("PrimitiveStringMultiline", 0, title=" (prompt)", size=(360, 160), value=SHORT_PROMPT)
+    _, conditioning = _think_then(graph, 1, loader["model"], prompt["STRING"])
+    _picture(graph, 3, loader["model"], conditioning, seed=1)
+    does = "Thinks about the prompt, writes it anew as a full description, chooses the size, and draws that."
+    graph.note(0, size=(360, 360), text=_NOTE.format(does=does, after=_THINKS_ONCE + _DEFAULTS, checkpoint=checkpoint))
+
+
+def _edit_picture(graph: Graph, checkpoint: str) -> None:
+    does = (
+        "Changes a picture as the prompt says. With **align** the picture is seen whole, and the result gets its shape."
+    )
+    prompt = "Turn this picture into a watercolour painting. Keep the composition."
+    _from_pictures(graph, checkpoint, 1, prompt, does, align=True)
+
+
+def _fuse_three(graph: Graph, checkpoint: str) -> None:
+    does = "Makes one picture of three. The prompt speaks of them as the first, the second and the third."
+    prompt = "Put what the first picture shows beside what the second shows, in the style of the third picture."
+    _from_pictures(graph, checkpoint, 3, prompt, does, align=False)
+
+
+def _from_pictures(graph: Graph, checkpoint: str, count: int, text: str, does: str, *, align: bool) -> None:
+    """Think about some pictures and draw another one."""
+    pictures = [
+        graph.node("LoadImage", 0, title=f" ({index + 1})" if count > 1 else "", size=(320, 340), image=EXAMPLE)
+        for index in range(count)
+    ]
+    loader = graph.node("Hunyuan3Loader", 1, size=(360, 0), checkpoint=checkpoint)
+    model = loader["model"]
+    images = graph.node(
+        "Hunyuan3ImageConditioning",
+        1,
+        size=(360, 0),
+        model=model,
+        align=align,
+        **{f"image_{index + 1}": picture["IMAGE"] for index, picture in enumerate(pictures)},
+    )
+    prompt = graph.node("PrimitiveStringMultiline", 1, title=" (prompt)", size=(360, 160), value=text)
+    _, conditioning = _think_then(graph, 2, model, prompt["STRING"], images=images["images"])
+    _picture(graph, 4, model, conditioning, seed=1, images=images["images"] if align else None)
+    note = _NOTE.format(does=does, after=_THINKS_ONCE + _DEFAULTS, checkpoint=checkpoint)
+    graph.note(1 if count > 1 else 0, size=(360 if count > 1 else 320, 380), text=note)
+
+
+def _think_then(graph: Graph, column: int, model: Out, prompt: Out, title: str = "", **given: Out) -> tuple[Node, Out]:
+    """Add a Think node and a conditioning that follows it, in two columns; return the node and the conditioning.
+
+    given: pictures and earlier turns, for both.
+    """
+    think = graph.node(
+        "Hunyuan3Think",
+        column,
+        title=title,
+        size=(440, 960),
+        seed=1,
+        after_generate="fixed",  # or a new image seed would think again
+        model=model,
+        prompt=prompt,
+        **given,
+    )
+    conditioning = graph.node(
+        "Hunyuan3Conditioning",
+        column + 1,
+        title=title,
+        size=(320, 440),
+        model=model,
+        prompt=prompt,
+        width=think["width"],
+        height=think["height"],
+        trace=think["trace"],
+        **given,
+    )
+    return think, conditioning["conditioning"]
 
 
 def _one_picture(graph: Graph, checkpoint: str, does: str) -> None:
@@ -102,7 +270,7 @@ def _start(graph: Graph, checkpoint: str, does: str) -> tuple[Out, Out]:
         width=resolution["width"],
         height=resolution["height"],
     )
-    graph.note(1, size=(400, 230), text=_NOTE.format(does=does, checkpoint=checkpoint))
+    graph.note(1, size=(400, 230), text=_NOTE.format(does=does, after=_DEFAULTS.strip(), checkpoint=checkpoint))
     return loader["model"], conditioning["conditioning"]
 
 
@@ -113,9 +281,13 @@ def _picture(
     conditioning: Out,
     which: str = "",
     after_generate: str = "randomize",
+    images: Out | None = None,
     **sampler_inputs: Any,
 ) -> Node:
-    """Add a sampler and what shows its picture, in two columns; return the sampler."""
+    """Add a sampler and what shows its picture, in two columns; return the node that decodes.
+
+    images: input pictures, for the decoder.
+    """
     title = f" ({which})" if which else ""
     sampler = graph.node(
         "Hunyuan3Sampler",
@@ -127,12 +299,13 @@ def _picture(
         conditioning=conditioning,
         **sampler_inputs,
     )
+    shape = {} if images is None else {"images": images}
     decode = graph.node(
-        "Hunyuan3VAEDecode", column + 1, title=title, size=(440, 0), model=model, samples=sampler["latent"]
+        "Hunyuan3VAEDecode", column + 1, title=title, size=(440, 0), model=model, samples=sampler["latent"], **shape
     )
     prefix = f"hunyuan3_{which}" if which else "hunyuan3"
     graph.node("SaveImage", column + 1, title=title, size=(440, 520), images=decode["image"], filename_prefix=prefix)
-    return sampler
+    return decode
 
 
 _NOTE = """{does}
@@ -144,8 +317,10 @@ belongs in
 
 Then press **R** and choose it as *checkpoint* in Hunyuan3 Loader.
 
-Steps, guidance and shift of **0** mean the checkpoint's own defaults.
+{after}
 """
+_DEFAULTS = " Steps, guidance and shift of **0** mean the checkpoint's own defaults."
+_THINKS_ONCE = "Think's seed is fixed: a new seed of the sampler draws anew without thinking again."
 
 
 # --- what a workflow is made of --------------------------------------------------------------------------------------

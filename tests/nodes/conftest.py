@@ -52,6 +52,15 @@ def comfy_server(comfyui: Path, tiny_checkpoint: Path) -> Iterator[ComfyServer]:
 
 
 @pytest.fixture(scope="session")
+def probed_server(comfyui: Path, tiny_checkpoint: Path) -> Iterator[ComfyServer]:
+    """As `comfy_server`, another one, with the nodes of probe_pack/ beside the package, for looking inside."""
+    checkpoints = {tiny_checkpoint.name: tiny_checkpoint}
+    packs = {"hunyuan3-test-probe": Path(__file__).parent / "probe_pack"}
+    with ComfyServer(comfyui, Path(sys.executable), checkpoints=checkpoints, packs=packs) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def comfy_pack(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> ComfyPack:
     """This package loaded into a ComfyUI inside this process (on the CPU), for tests of schemas and single nodes.
 
@@ -70,6 +79,8 @@ def comfy_pack(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Comfy
 
     args.cpu = True
     args.base_directory = str(base)
+    # As main.py does before nodes.py puts ComfyUI's folder comfy/ on the path, with another `utils` in it.
+    importlib.import_module("utils.install_util")
     comfy_nodes = importlib.import_module("nodes")
 
     module = _load_package(testbed.REPO, f"custom_nodes.{PACKAGE}")

@@ -1,0 +1,351 @@
+"""The weights under ComfyUI's memory manager: what is evicted, what is told about it, and that it comes back whole.
+
+No GPU is needed. `torch.device("cpu", 0)` stands in for a card: everything that compares devices holds it to be another
+one than the host's `torch.device("cpu")`, and tensors on it compute. Its memory is made up: a `Card` says how much is
+free by counting what is on it. So ComfyUI's own code decides what goes and what stays. What this cannot show is that
+the bytes leave a real card, and how fast.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from tests.nodes.conftest import ComfyPack
+
+pytestmark = pytest.mark.comfy
+
+HOST = torch.device("cpu")
+CARD = torch.device("cpu", 0)
+MIB = 2**20
+RESERVED = 400 * MIB  # ComfyUI's own, with its minimum for work: 0.8 GiB + this
+ROOMY = 10 * 2**30
+
+
+@dataclass
+class Card:
+    """The made-up memory of CARD, and of the host."""
+
+    total: int = ROOMY
+    host_free: int = ROOMY
+    others: int = 0  # bytes that other programs hold
+    parts: list[Any] = field(default_factory=list)
+
+    def free(self, device: torch.device | None = None, torch_free_too: bool = False) -> Any:
+        """Stands for comfy.model_management.get_free_memory."""
+        if device == HOST:
+            free = self.host_free - sum(held_bytes(part) - part.loaded_size() for part in self.parts)
+        else:
+            free = self.total - self.others - sum(part.loaded_size() for part in self.parts)
+        return (free, 0) if torch_free_too else free
+
+
+class Opened:
+    """An opened tiny checkpoint whose parts compute on CARD."""
+
+    def __init__(self, pack: ComfyPack, folder: Path, card: Card) -> None:
+        pipeline = submodule(pack, "hunyuan3.pipeline")
+        self.memory = submodule(pack, "nodes.memory")
+        self.core = pipeline.Hunyuan3.open(folder, device=CARD, dtype="float32", vae_dtype="float32")
+        self.transformer = self.memory.PartPatcher.of(self.core.placed_transformer)
+        self.vae = self.memory.PartPatcher.of(self.core.placed_vae)
+        card.parts += [self.transformer, self.vae]
+
+    def bring(self, part: Any, work: int = 0, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
+        self.memory.bring_to_device(part, work, progress)
+
+    def picture(self) -> torch.Tensor:
+        """What it draws, with both parts brought to the device as the nodes do."""
+        self.bring(self.transformer)
+        run = self.core.sample(self.core.conditioning("a red fox", width=64, height=64), seed=1, steps=2)
+        latents = run.latents
+        self.bring(self.vae)
+        return self.core.decode(latents)
+
+
+@pytest.fixture
+def mm(comfy_pack: ComfyPack) -> types.ModuleType:
+    import comfy.model_management as mm
+
+    return mm
+
+
+@pytest.fixture
+def card(mm: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    """A card and a host with room, and a memory manager that believes in them and holds nothing."""
+    card = Card()
+    monkeypatch.setattr(mm, "get_free_memory", card.free)
+    monkeypatch.setattr(mm, "get_total_memory", lambda *_a, **_k: card.total)
+    monkeypatch.setattr(mm, "get_torch_device", lambda: CARD)
+    monkeypatch.setattr(mm, "is_device_cpu", lambda device: device == HOST)
+    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
+    monkeypatch.setattr(mm, "lowvram_available", True)
+    monkeypatch.setattr(mm, "EXTRA_RESERVED_VRAM", RESERVED)
+    monkeypatch.setattr(mm, "current_loaded_models", [])
+    monkeypatch.setattr(mm, "soft_empty_cache", lambda *_a, **_k: None)
+    yield card
+    mm.current_loaded_models.clear()
+
+
+@pytest.fixture
+def opened(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path) -> Opened:
+    return Opened(comfy_pack, tiny_checkpoint, card)
+
+
+@pytest.fixture(scope="module")
+def whole_picture(comfy_pack: ComfyPack, tiny_checkpoint: Path) -> torch.Tensor:
+    """What the checkpoint draws when nothing is ever evicted."""
+    core = submodule(comfy_pack, "hunyuan3.pipeline").Hunyuan3.open(tiny_checkpoint, device=HOST, dtype="float32")
+    run = core.sample(core.conditioning("a red fox", width=64, height=64), seed=1, steps=2)
+    return core.decode(run.latents)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_loaded_once_and_listed_once(mm: types.ModuleType, opened: Opened):
+    stages: list[str] = []
+    part = opened.transformer
+    opened.bring(part, progress=lambda stage, done, total: stages.append(stage))
+    assert set(stages) == {"load transformer"}
+    assert part.loaded_size() == part.model_size()
+    assert part.current_loaded_device() == CARD
+    weights = storages(part)
+    stages.clear()
+    opened.bring(part, progress=lambda stage, done, total: stages.append(stage))
+    assert stages == []
+    assert storages(part) == weights  # listed anew, not moved
+    assert mm.loaded_models() == [part]
+
+
+def test_parts_are_evicted_alone(mm: types.ModuleType, card: Card, opened: Opened):
+    """Room for one of the two networks: the other one goes when it comes, as a whole checkpoint never has to."""
+    opened.bring(opened.transformer)
+    card.total = least(mm) + int(1.15 * max(opened.transformer.model_size(), opened.vae.model_size()))
+    opened.bring(opened.vae)
+    assert opened.vae.loaded_size() == opened.vae.model_size()
+    assert opened.transformer.loaded_size() < opened.transformer.model_size()
+
+
+@pytest.mark.parametrize("host_free", [ROOMY, 0], ids=["kept by the host", "dropped"])
+def test_picture_is_the_same_after_eviction(
+    mm: types.ModuleType, card: Card, opened: Opened, whole_picture: torch.Tensor, host_free: int
+):
+    card.host_free = host_free
+    torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
+    mm.free_memory(1e30, CARD)
+    assert opened.transformer.loaded_size() == opened.vae.loaded_size() == 0
+    assert mm.loaded_models() == []
+    assert on_meta(opened.transformer) == (host_free == 0)
+    torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("host_free", [ROOMY, 0], ids=["kept by the host", "dropped"])
+def test_part_of_the_part_is_evicted(
+    mm: types.ModuleType, card: Card, opened: Opened, whole_picture: torch.Tensor, host_free: int
+):
+    """The manager asks for a few bytes: one layer goes, the others stay where they are."""
+    card.host_free = host_free
+    opened.bring(opened.transformer)
+    part, before = opened.transformer, storages(opened.transformer)
+    free = card.free(CARD)
+    mm.free_memory(free + 1000, CARD)
+    last = part.placed.units[-1]
+    assert part.model_size() - part.loaded_size() == last.nbytes == card.free(CARD) - free
+    assert mm.loaded_models() == [part]
+    assert part.model.model_loaded_weight_memory == part.loaded_size()
+    stages: list[tuple[int, int]] = []
+    opened.bring(part, progress=lambda _stage, done, total: stages.append((done, total)))
+    assert stages[-1] == (part.model_size(), part.model_size())
+    after = storages(part)
+    moved = {name for name in before if before[name] != after[name]}
+    assert moved <= set(last.parameters)
+    torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
+
+
+def test_bytes_reported_are_the_bytes_freed(card: Card, opened: Opened):
+    part = opened.transformer
+    opened.bring(part)
+    units = part.placed.units
+    for asked, freed in ((1, units[-1].nbytes), (units[-2].nbytes + 1, units[-2].nbytes + units[-3].nbytes)):
+        before = card.free(CARD)
+        assert part.partially_unload(HOST, asked) == freed == card.free(CARD) - before
+    assert part.partially_unload(HOST, 1e30) == sum(unit.nbytes for unit in units[:-3])
+    assert part.partially_unload(HOST, 1e30) == 0
+    assert held_bytes(part) == part.model_size()  # all of it in host memory, nothing twice
+
+
+def test_host_fills_up_while_evicting(card: Card, opened: Opened, whole_picture: torch.Tensor):
+    """A tenth of the host stays free: some layers are kept, the rest is read again."""
+    part = opened.transformer
+    opened.picture()
+    last = part.placed.units[-1]
+    card.host_free = card.total // 10 + last.nbytes + 1
+    assert part.partially_unload(HOST, 1e30) == part.model_size()
+    kept = [unit.name for unit in part.placed.units if not part.model.get_parameter(unit.parameters[0]).is_meta]
+    assert kept == [last.name]
+    torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
+
+
+def test_on_a_cpu_what_is_kept_frees_nothing(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path):
+    """Where host and compute device are one, an eviction that moved nothing must not claim bytes."""
+    core = submodule(comfy_pack, "hunyuan3.pipeline").Hunyuan3.open(tiny_checkpoint, device=HOST)
+    part = submodule(comfy_pack, "nodes.memory").PartPatcher.of(core.placed_transformer)
+    part.partially_load(HOST, 1e32)
+    assert part.partially_unload(HOST, 1e30) == 0
+    assert part.loaded_size() == part.model_size()
+    card.host_free = 0
+    assert part.partially_unload(HOST, 1e30) == part.model_size()
+    assert on_meta(part)
+
+
+# --- trouble ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_room_is_said_and_nothing_is_left_behind(mm: types.ModuleType, card: Card, opened: Opened):
+    opened.bring(opened.vae)
+    card.others = card.total - least(mm) - 1000
+    with pytest.raises(error(opened, "RequestError"), match=r"transformer needs .* GiB more on cpu:0") as caught:
+        opened.bring(opened.transformer)
+    assert "Close other programs" in str(caught.value)
+    assert opened.transformer.loaded_size() == 0
+
+
+def test_no_room_for_the_rest_leaves_no_unlisted_layers(mm: types.ModuleType, card: Card, opened: Opened):
+    """Half evicted, then another program takes the room: what is still there must not stay where no one evicts it."""
+    part = opened.transformer
+    opened.bring(part)
+    mm.free_memory(card.free(CARD) + 1000, CARD)
+    assert 0 < part.loaded_size() < part.model_size()
+    card.others = card.free(CARD)
+    with pytest.raises(error(opened, "RequestError"), match="GiB more"):
+        opened.bring(part)
+    assert part.loaded_size() == 0 or part in mm.loaded_models()
+    card.others = 0
+    opened.bring(part)
+    assert part.loaded_size() == part.model_size()
+
+
+def test_cancelled_load_leaves_nothing_on_the_card(mm: types.ModuleType, opened: Opened, whole_picture: torch.Tensor):
+    part = opened.transformer
+
+    def cancel_in_the_middle(_stage: str, done: int, total: int) -> None:
+        if done * 2 > total:
+            mm.interrupt_current_processing()
+
+    with pytest.raises(mm.InterruptProcessingException):
+        opened.bring(part, progress=cancel_in_the_middle)
+    assert part.loaded_size() == 0
+    assert part not in mm.loaded_models()
+    assert not mm.processing_interrupted()
+    torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
+
+
+def test_failed_load_leaves_nothing_on_the_card(opened: Opened, whole_picture: torch.Tensor):
+    part = opened.transformer
+    read = part.placed._read
+    calls: list[object] = []
+
+    def failing(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise OSError("the disk is gone")
+        read(*arguments)
+
+    part.placed._read = failing
+    with pytest.raises(OSError, match="the disk is gone"):
+        opened.bring(part)
+    assert part.loaded_size() == 0
+    part.placed._read = read
+    torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
+
+
+def test_detach_as_the_manager_relists_moves_nothing(opened: Opened):
+    opened.bring(opened.vae)
+    before = storages(opened.vae)
+    opened.vae.detach(unpatch_all=False)
+    assert storages(opened.vae) == before
+    assert opened.vae.loaded_size() == opened.vae.model_size()
+    opened.vae.detach()
+    assert opened.vae.loaded_size() == 0
+
+
+def test_clone_shares_the_weights(mm: types.ModuleType, opened: Opened):
+    """Other packs clone patchers; the manager must see one model, not two."""
+    opened.bring(opened.vae)
+    copy = opened.vae.clone()
+    assert type(copy) is type(opened.vae)
+    assert copy.is_clone(opened.vae)
+    opened.bring(copy)
+    assert copy.loaded_size() == copy.model_size()
+    assert len(mm.loaded_models()) == 1
+
+
+def test_weights_die_with_the_handle_at_once(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path):
+    """Not at the next garbage collection: until then the next checkpoint would find no room."""
+    opened = Opened(comfy_pack, tiny_checkpoint, Card())
+    opened.picture()
+    alive = {name: weakref.ref(part.model) for name, part in (("transformer", opened.transformer), ("VAE", opened.vae))}
+    gc.collect()
+    gc.disable()
+    try:
+        del opened
+        assert [name for name, ref in alive.items() if ref() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_lora_is_refused_by_name(opened: Opened):
+    with pytest.raises(error(opened, "RequestError"), match="LoRA"):
+        opened.transformer.clone().add_patches({"x": torch.zeros(1)}, 1.0)
+
+
+def test_decode_that_cannot_fit_is_refused_before_drawing(comfy_pack: ComfyPack, card: Card, opened: Opened):
+    vae = submodule(comfy_pack, "nodes.vae")
+    size = submodule(comfy_pack, "hunyuan3.types").ImageSize(1024, 1024)
+    handle = types.SimpleNamespace(model=opened.core, vae=opened.vae)
+    vae.require_room_to_decode(handle, size)
+    card.total = RESERVED + opened.vae.model_size() + MIB
+    with pytest.raises(error(opened, "OutOfBudgetError"), match="Decoding 1024x1024 needs"):
+        vae.require_room_to_decode(handle, size)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def submodule(pack: ComfyPack, name: str) -> Any:
+    return sys.modules[f"{pack.module.__name__}.{name}"]
+
+
+def error(opened: Opened, name: str) -> type[Exception]:
+    """An error class as the package in ComfyUI has it: the tests' own import of hunyuan3 is another one."""
+    return getattr(sys.modules[opened.memory.RequestError.__module__], name)
+
+
+def least(mm: types.ModuleType) -> int:
+    """Bytes that ComfyUI keeps free on a card for work."""
+    return int(mm.minimum_inference_memory())
+
+
+def storages(part: Any) -> dict[str, int]:
+    """Parameter -> where its bytes lie."""
+    return {name: parameter.data_ptr() for name, parameter in part.model.named_parameters()}
+
+
+def held_bytes(part: Any) -> int:
+    """Bytes of the weights that are anywhere in memory."""
+    return sum(parameter.nbytes for parameter in part.model.parameters() if not parameter.is_meta)
+
+
+def on_meta(part: Any) -> bool:
+    return all(parameter.is_meta for parameter in part.model.parameters())
