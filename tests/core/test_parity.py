@@ -4,6 +4,7 @@ import copy
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.parity import components, scenarios
+from tests.parity import components, judging, scenarios
 from tests.parity.__main__ import FAILED, MISSING, NOTHING_COMPARED, PASSED, main
 from tests.parity.bench import Bench
 from tests.parity.report import COMPONENT, IDENTICAL, Computed, Report, compare
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SCENARIO = "C2_instruct_given_cot"
+WITH_PICTURE = "E3_instruct_ti2i_think_recaption_auto_align"
 
 
 def judge(folder, *arguments):
@@ -33,13 +35,24 @@ def bench():
     return Bench(GOLDEN)
 
 
-@pytest.fixture(scope="module")
-def drawn(bench):
-    """A recorded scenario, drawn once: (recording, what we computed). Tests compare copies."""
-    recording, computed = bench.read("scenarios", SCENARIO), Computed()
+def answered(bench, name):
+    """(recording, what we computed) of a scenario."""
+    recording, computed = bench.read("scenarios", name), Computed()
     with torch.no_grad():
         scenarios.compute(bench, recording, computed)
     return recording, computed
+
+
+@pytest.fixture(scope="module")
+def drawn(bench):
+    """A recorded scenario with a picture to draw alone, answered once. Tests compare copies."""
+    return answered(bench, SCENARIO)
+
+
+@pytest.fixture(scope="module")
+def written(bench):
+    """One that has an input picture and writes before it draws."""
+    return answered(bench, WITH_PICTURE)
 
 
 @pytest.fixture
@@ -65,11 +78,11 @@ def put(folder, kind, name, change_meta=None, change_tensors=None, new_name=None
         save_file(loaded, folder / kind / f"{new_name or name}.safetensors")
 
 
-def verdict(recording, computed, own_gaps=None):
-    """(report, lines) of judging a scenario that was drawn already."""
+def verdict(recording, computed, own_gaps=None, of="steps"):
+    """(report, lines) of judging a scenario that was answered already; own_gaps: step or row -> router gap."""
     report, out = Report(), io.StringIO()
     with redirect_stdout(out):
-        scenarios.judge(recording, computed, own_gaps or {}, report)
+        judging.judge(recording, replace(computed, gaps={of: own_gaps or {}}), report)
     return report, out.getvalue()
 
 
@@ -148,6 +161,104 @@ def test_one_wrong_fact_of_the_run_fails(drawn, key, value):
     assert report.failed == 1 and f"1 off: {key}" in lines
 
 
+@pytest.mark.parametrize(
+    ("key", "amount"),
+    [
+        ("stage0.tokens", 1),
+        ("stage0.real_pos", 1),
+        ("stage0.vae_image_mask", 1),
+        ("stage0.vit_image_mask", 1),
+        ("stage0.cond_timestep_scatter_index", 1),
+        ("stage0.cos", 1e-4),
+        ("stage0.cond_timesteps", 1),
+        ("stage0.cond_vae_mean_0", 1e-4),
+        ("stage0.cond_vae_logvar_0", 1e-4),
+        ("stage0.cond_latent_0", 2e-4),
+        ("stage1.cond_latent_0", 2e-4),
+        ("stage0.logits", 2e-4),
+        ("stage0.decode_position_ids", 1),
+        ("stage1.tokens", 1),
+        ("step_latents", 2e-4),
+        ("image_postprocessed_uint8", -2),
+    ],
+)
+def test_one_wrong_number_of_a_text_stage_or_a_picture_fails(written, key, amount):
+    recording, computed = written
+    wrong = copy.deepcopy(recording)
+    wrong.tensors[key].view(-1)[-1] += amount
+    report, lines = verdict(wrong, computed)
+    assert report.failed == 1 and f"1 off: {key}" in lines
+
+
+def test_logits_of_forced_tokens_are_compared_too(written):
+    recording, computed = written
+    for row in recording.meta["stages"][0]["forced_steps"]:
+        wrong = copy.deepcopy(recording)
+        wrong.tensors["stage0.logits"][row, 7] += 2e-4
+        assert verdict(wrong, computed)[0].failed == 1, row
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        (0, "mode", "gen_image"),
+        (0, "bot_task", "recaption"),
+        (0, "generated_tokens", [784]),
+        (0, "generated_text", "words"),
+        (0, "raw_argmax", [784]),
+        (0, "free_steps", []),
+        (0, "forced_steps", []),
+        (0, "free_margin_min", 0.5),
+        (0, "free_margin_min", None),
+        (0, "last_step_ratio_margin", 0.5),
+        (0, "n_forward", 26),
+        (0, "joint_image_slices", [[]]),
+        (0, "full_attention_slices", [[]]),
+        (0, "rope_image_info", [[]]),
+        (0, "cond_rows", 2),
+        (1, "image_size", [288, 224]),
+        (1, "full_attention_slices", [[[366, 618]]] * 2),
+        (1, "vit_image_slices", [[], []]),
+        (None, "cot_text", ["words"]),
+        (None, "output_size_wh", [288, 224]),
+        (None, "cond_image_vae_sizes_hw", [[288, 224]]),
+    ],
+)
+def test_one_wrong_fact_of_a_text_stage_or_a_picture_fails(written, stage, key, value):
+    recording, computed = written
+    wrong = copy.deepcopy(recording)
+    (wrong.meta if stage is None else wrong.meta["stages"][stage])[key] = value
+    report, lines = verdict(wrong, computed)
+    assert report.failed == 1 and f"1 off: {key if stage is None else f'stage{stage}.{key}'}" in lines
+
+
+@pytest.mark.parametrize(("key", "value"), [("stops", [753]), ("finish", "length")])
+def test_a_text_stage_must_end_as_the_reference_ends_it(written, key, value):
+    recording, computed = written
+    other = replace(computed, facts=computed.facts | {f"stage0.{key}": value})
+    report, lines = verdict(recording, other)
+    assert report.failed == 1 and f"1 off: stage0.{key}" in lines
+
+
+def test_after_a_flipped_tie_in_a_text_stage_only_the_rows_before_it_count(written):
+    recording, computed = written
+    rows = range(len(recording.tensors["stage0.logits"]))
+    other = copy.deepcopy(recording)
+    other.tensors["stage0.logits"][9:] += 0.1
+    other.meta["stages"][0]["free_margin_min"] += 0.1
+    tied = dict.fromkeys(rows, 1e-3) | {9: 1e-6}
+    report, lines = verdict(other, computed, tied, of="stage0")
+    assert report.failed == 0 and "only before row 9 of stage0" in lines
+    assert verdict(other, computed)[0].failed == 2  # no tie was recorded
+    assert verdict(other, computed, dict.fromkeys(rows, 1e-3), of="stage0")[0].failed == 2  # no tie of ours there
+    early = copy.deepcopy(other)
+    early.tensors["stage0.logits"][4] += 0.1
+    assert verdict(early, computed, tied, of="stage0")[0].failed == 2  # off before it
+    wrong = copy.deepcopy(other)
+    wrong.meta["stages"][0]["generated_tokens"][-1] += 1
+    assert verdict(wrong, computed, tied, of="stage0")[0].failed == 1
+
+
 def test_pictures_hidden_states_and_masks_count_too(drawn):
     recording, computed = drawn
     for key, amount in (("image_uint8", 2), ("image_float", 0.01), ("hidden_probe", 1e-3)):
@@ -220,9 +331,20 @@ def test_our_own_router_gaps_are_measured_where_the_recording_names_a_tie(bench)
     tied = Bench(GOLDEN)
     tied.router_gaps = {SCENARIO: 1e-6}
     with torch.no_grad():
-        gaps = scenarios.compute(tied, bench.read("scenarios", SCENARIO), Computed())
+        computed = Computed()
+        scenarios.compute(tied, bench.read("scenarios", SCENARIO), computed)
+    gaps = computed.gaps["steps"]
     assert sorted(gaps) == [0, 1, 2, 3]
     assert min(gaps.values()) == pytest.approx(recorded, abs=1e-5)
+
+
+def test_router_gaps_are_measured_per_row_of_a_text_stage(bench):
+    tied = Bench(GOLDEN)
+    tied.router_gaps = {WITH_PICTURE: 1e-6}
+    recording, computed = answered(tied, WITH_PICTURE)
+    assert sorted(computed.gaps["stage0"]) == list(range(len(recording.tensors["stage0.logits"])))
+    found = min(min(gaps.values()) for gaps in computed.gaps.values())
+    assert found == pytest.approx(bench.router_gaps[WITH_PICTURE], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +357,9 @@ def test_our_own_router_gaps_are_measured_where_the_recording_names_a_tie(bench)
         ("moe", "topk_index"),
         ("moe", "out_drop_True"),
         ("moe_bf16", "out_eager"),
+        ("ratio_logits", "conditional_argmax"),
+        ("ratio_logits", "sliced"),
+        ("ratio_logits", "sliced_argmax"),
         ("rope", "layout0.pos_yx"),
         ("rope", "layout2.sin"),
         ("scheduler", "shift3.0_steps4.sample_end"),
@@ -278,23 +403,40 @@ def test_a_wrong_recording_fails_from_the_command_line_and_is_dumped(folder):
     code, lines = judge(folder, "--dump", folder / "out")
     assert code == FAILED and lines[-1].endswith("1 failed, 0 missing")
     assert [line.split()[0] for line in lines if "FAIL" in line] == ["of_any_name"]
-    recorded = GOLDEN / "scenarios" / f"{SCENARIO}.safetensors"
-    with safe_open(recorded, "pt") as theirs, safe_open(folder / "out" / "of_any_name.safetensors", "pt") as ours:
-        assert set(theirs.keys()) - set(ours.keys()) == {"stage0.probe_index"}  # an input
-        for key in set(ours.keys()) & set(theirs.keys()):
+    ours = dumped_like_the_recording(SCENARIO, folder / "out" / "of_any_name.safetensors")
+    assert {"step_raw_prediction", "hidden_probe", "image_uint8"} <= ours
+
+
+def dumped_like_the_recording(name, dump):
+    """Checks a dump's shapes and dtypes against the recording's; returns its keys."""
+    with safe_open(GOLDEN / "scenarios" / f"{name}.safetensors", "pt") as theirs, safe_open(dump, "pt") as ours:
+        inputs = {key for key in theirs.keys() if key.endswith(".probe_index")}
+        assert set(theirs.keys()) - set(ours.keys()) == inputs
+        for key in set(theirs.keys()) - inputs:
             assert ours.get_slice(key).get_shape() == theirs.get_slice(key).get_shape(), key
             assert ours.get_slice(key).get_dtype() == theirs.get_slice(key).get_dtype(), key
-        assert {"step_raw_prediction", "hidden_probe", "image_uint8"} <= set(ours.keys())
+        return set(ours.keys())
+
+
+def test_everything_of_text_and_pictures_is_dumped(folder):
+    (folder / "images").symlink_to(GOLDEN / "images", target_is_directory=True)
+    put(folder, "scenarios", WITH_PICTURE)
+    code, _ = judge(folder, "--dump", folder / "out")
+    assert code == PASSED
+    ours = dumped_like_the_recording(WITH_PICTURE, folder / "out" / f"{WITH_PICTURE}.safetensors")
+    assert {"stage1.cond_vae_mean_0", "stage0.logits", "image_uint8", "image_postprocessed_uint8"} <= ours
+    with safe_open(folder / "out" / f"{WITH_PICTURE}.safetensors", "pt") as dump:
+        assert dump.get_tensor("stage0.logits").isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("change", "feature"),
     [
-        (lambda meta: meta["call"].update(image_size="auto"), "automatic size"),
-        (lambda meta: meta["call"].update(bot_task="think_recaption"), "text generation"),
-        (lambda meta: meta["stages"].insert(0, {"mode": "gen_text"}), "text generation"),
-        (lambda meta: meta.update(images=["img0_300x240_RGB.png"]), "input pictures"),
+        (lambda meta: meta["stages"].insert(0, {"mode": "gen_text"}), "2 stages, where this package makes 1"),
+        (lambda meta: meta["call"].update(image_size="auto"), "1 stages, where this package makes 2"),
+        (lambda meta: meta.update(images=["absent.png"]), "no picture absent.png"),
         (lambda meta: meta["call"].update(message_list=[{}]), "message lists"),
+        (lambda meta: meta["call"].update(prompt=["one", "two"]), "several requests at once"),
         (lambda meta: meta.update(checkpoint="other"), "no checkpoint other"),
     ],
 )

@@ -5,9 +5,8 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from hunyuan3.folder import ModelFolder
-from hunyuan3.parts import LoadOptions, place_vision
+from hunyuan3.parts import LoadOptions
 from hunyuan3.pipeline import Hunyuan3
-from hunyuan3.vision.siglip2 import Vision
 
 from .recording import MissingFeatureError, Recording
 
@@ -20,7 +19,6 @@ class Bench:
         self.dumping = dumping  # compute also what this recording lacks, as far as a complete one would hold it
         self.folder = cache(self._folder)
         self.model = cache(self._model)
-        self.vision = cache(self._vision)
 
     def names(self, kind: str) -> list[str]:
         """Recordings of a kind ("scenarios" or "components")."""
@@ -70,7 +68,3 @@ class Bench:
     def _model(self, name: str, dtype: str = "float32") -> Hunyuan3:
         options = LoadOptions(device="cpu", dtype=dtype, vae_dtype="float32")
         return Hunyuan3(self.folder(name), options.resolved())
-
-    def _vision(self, name: str) -> Vision:
-        model = self.model(name)
-        return place_vision(model.folder, model.options).load()

@@ -1,11 +1,9 @@
 """Recorded parts of the reference, each computed by the part of this package that does the same.
 
 A component is a generator: it asks its recording for inputs and yields what it computed, a `Value` under a tensor key
-of the recording or a `Fact` of its json. To add one, write it and put it into `COMPONENTS`; `NOT_YET` names the
-feature that a recorded component, or a tensor of one, is still waiting for.
+of the recording or a `Fact` of its json. To add one, write it and put it into `COMPONENTS`.
 """
 
-import fnmatch
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ import torch
 
 from hunyuan3.config import vae_config
 from hunyuan3.folder import ModelFolder
+from hunyuan3.generate.sampling import SamplingOptions, TokenSampler, pick_among
 from hunyuan3.generate.schedule import TIME_SCALE, Schedule
 from hunyuan3.generate.taylor import TaylorCache, TaylorOptions, split_bands
 from hunyuan3.image.preprocess import fit_picture, load_picture, patch_grid, size_of, vision_patches
@@ -29,6 +28,7 @@ from hunyuan3.text.template import InputPicture, OutputPicture, Section, TextSec
 from hunyuan3.transformer.layers import sinusoid
 from hunyuan3.types import Grid, ImageSize, Span
 from hunyuan3.vae.autoencoder import AutoencoderKLConv3D
+from hunyuan3.writing import choosing_ratio, thinking
 from tests.core.golden_requests import template_sections
 
 from . import layout
@@ -62,19 +62,12 @@ class Note(NamedTuple):
 
 Component = Callable[[Bench, Recording], Iterator[Value | Fact | Note]]
 
-# Component, or component/tensor key, as patterns -> the feature that they wait for.
-NOT_YET = {
-    "ratio_logits": "text generation",
-}
-
 # What a json says about itself.
 ABOUT = {"note", "checkpoint"}
 
 
 def check(bench: Bench, recording: Recording, report: Report) -> None:
     """Computes one component and reports it: a line for what must be identical, one for the rest, one per table."""
-    if feature := not_yet(recording.name):
-        raise MissingFeatureError(feature)
     if recording.name not in COMPONENTS:
         raise MissingFeatureError("a component that nothing here computes")
     computed = Computed()
@@ -99,14 +92,10 @@ def check(bench: Bench, recording: Recording, report: Report) -> None:
         report.compared(recording.name, kind, differences, "; ".join(computed.notes))
     if problem is not None:
         raise problem
-    waiting: dict[str, list[str]] = {}
     unread = [key for key in recording.not_read() if key not in ABOUT]
-    for key in (*recording.not_computed(set(computed.tensors)), *unread):
-        reason = not_yet(f"{recording.name}/{key}") or "recorded, but nothing here computes it"
-        waiting.setdefault(reason, []).append(key)
-    for reason, keys in waiting.items():
-        report.lacks(recording.name, reason, keys)
-    if not kinds and not waiting:
+    if unknown := [*recording.not_computed(set(computed.tensors)), *unread]:
+        report.lacks(recording.name, "recorded, but nothing here computes it", unknown)
+    if not kinds and not unknown:
         raise MissingFeatureError("the recording holds nothing to compare")
 
 
@@ -114,11 +103,6 @@ def put_value(kinds: dict[str, list[Difference]], value: Value, recorded: torch.
     rule = value.rule or (COMPONENT if recorded.is_floating_point() else IDENTICAL)
     kind = "identical tensors" if rule == IDENTICAL else "tensors"
     kinds.setdefault(kind, []).append(compare(value.key, value.tensor, recorded, rule))
-
-
-def not_yet(name: str) -> str | None:
-    """The feature that a component or "component/key" waits for."""
-    return next((feature for pattern, feature in NOT_YET.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def embedders(bench: Bench, recording: Recording) -> Iterator[Value | Fact | Note]:
@@ -383,6 +367,30 @@ def tokenizer(bench: Bench, recording: Recording) -> Iterator[Value | Fact | Not
         yield Fact("ratio ids", "ratio_other_slices", [[extra[0], extra[-1] + 1]] if extra else [], recorded)
 
 
+def ratio_logits(bench: Bench, recording: Recording) -> Iterator[Value | Fact | Note]:
+    """Both ways to the ratio: after thinking, where a token triggers it, and as a pass of its own."""
+    folder = bench.folder(recording.setting("checkpoint", None) or bench.any_checkpoint())
+    plan, alone = thinking(folder, "recaption", need_ratio=True, reference=True), choosing_ratio(folder)
+    extra = plan.ratios[BASE_RATIOS:]
+    found = {
+        "size_token_id": plan.ratio_after,
+        "start_ratio_id": plan.ratios[0],
+        "end_ratio_id": plan.ratios[BASE_RATIOS - 1],
+        "other_slices": [[extra[0], extra[-1] + 1]] if extra else [],
+    }
+    for key, ours in found.items():
+        yield Fact("ratio ids", key, ours, recording.setting(key, ours))
+    greedy = TokenSampler(SamplingOptions(do_sample=False), seed=0, device=torch.device("cpu"))
+    scores, ids = recording.input("scores"), recording.input("input_ids")
+    picked = [
+        pick_among(row, plan.ratios) if so_far[-1] == plan.ratio_after else greedy.pick(row, so_far)
+        for row, so_far in zip(scores, ids.tolist(), strict=True)
+    ]
+    yield Value("conditional_argmax", torch.tensor(picked))
+    yield Value("sliced", scores[:, list(alone.ratios)])
+    yield Value("sliced_argmax", torch.tensor([alone.ratios.index(pick_among(row, alone.ratios)) for row in scores]))
+
+
 def system_prompts(bench: Bench, recording: Recording) -> Iterator[Value | Fact | Note]:
     prompts = bench.folder(recording.setting("checkpoint", None) or bench.any_checkpoint()).system_prompts
     refused = 0
@@ -530,7 +538,7 @@ def cond_images(bench: Bench, recording: Recording) -> Iterator[Value | Fact | N
         patches = vision_patches(picture, max_num_patches=vision.max_num_patches, patch_size=vision.patch_size)
         keys = {name: f"img{index}.{name}" for name in ("vit_embeddings", "vit_last_hidden", "aligned")}
         if recording.tensors.keys() & set(keys.values()):
-            vision_model = bench.vision(recording.setting("checkpoint"))
+            vision_model = bench.model(recording.setting("checkpoint")).vision()
             pixels, grids = patches.pixels[None], [patches.grid]
             features = vision_model.tower(pixels, patches.mask[None], grids)
             yield Value(keys["vit_embeddings"], vision_model.tower.embed(pixels, grids))
@@ -560,6 +568,7 @@ COMPONENTS: dict[str, Component] = {
     "embedders": embedders,
     "moe": moe,
     "moe_bf16": moe_bf16,
+    "ratio_logits": ratio_logits,
     "resolutions": resolutions,
     "rope": rope,
     "scheduler": scheduler,

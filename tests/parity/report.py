@@ -58,7 +58,7 @@ def compare(key: str, computed: Any, recorded: Any, rule: Rule) -> Difference:
         computed, recorded = plain(computed), plain(recorded)
         if computed == recorded:
             return Difference(key, 0.0, 0.0, rule.limit(0.0))
-        if rule == IDENTICAL:
+        if rule == IDENTICAL or computed is None or recorded is None:
             return Difference(key, float("inf"), float("inf"), 0.0, "differs")
         computed, recorded = (torch.tensor(value, dtype=torch.float64) for value in (computed, recorded))
     if computed.shape != recorded.shape:
@@ -81,13 +81,16 @@ def plain(value: Any) -> Any:
 class Computed:
     """What this package computed for one recording: `tensors` under the recording's keys, `facts` of its json.
 
-    rules: exceptions from the rule that a key otherwise has. notes: shown with the lines.
+    rules: exceptions from the rule that a key otherwise has. notes: shown with the lines. implied: what a recording
+    says without holding it. gaps: "steps" or "stageK" -> step or row of logits -> our own router's smallest gap there.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     rules: dict[str, Rule] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    implied: dict[str, Any] = field(default_factory=dict)
+    gaps: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 class Report:
