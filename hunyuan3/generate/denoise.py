@@ -144,10 +144,13 @@ class _Pass:
         """Fills the cache up to the picture, computing only what the store lacks, once per branch; the store keeps it.
 
         A pass of its own, unlike the whole-sequence first step: so a drawing whose prompt is known computes the very
-        same numbers as the one before, to the bit.
+        same numbers, to the bit, as the one that made it known.
         """
         self.start = self.window.start
-        found = [prefixes.find(branch.ids, self.rows) for branch in self.branches]
+        found = [prefixes.find(self.branches[0].ids, self.rows)]
+        # Where the conditional row goes on from a kept one, the other may share the system prompt and pictures with it.
+        partly = found[0][1] > 0
+        found += [prefixes.find(branch.ids, self.rows, partly=partly) for branch in self.branches[1:]]
         known = [min(length, self.start) for _prefix, length in found]
         for index, (prefix, _length) in enumerate(found):
             if prefix is not None:

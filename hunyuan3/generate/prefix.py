@@ -2,7 +2,10 @@
 
 Everything before the picture depends on text and input pictures alone, so a new seed needs none of it again, and what
 the model thought is drawn from where it stopped. Only an identical beginning counts: same token ids, same pictures,
-and a bidirectional span only as a whole. A store belongs to one set of weights and dies with it.
+and a bidirectional span only as a whole. And only a request that goes on from a kept one may use it: two requests that
+merely begin alike (the same system prompt) do not, because starting elsewhere rounds differently, and a drawing should
+not depend, not even in its last bits, on what was drawn before it. A store belongs to one set of weights and dies with
+it.
 """
 
 from collections import OrderedDict
@@ -14,16 +17,18 @@ from ..transformer.kv_cache import KVCache
 from ..types import Span
 from .rows import SequenceRows
 
-# Fewer common positions are not used: starting elsewhere rounds differently, which a handful of tokens is not worth.
-_WORTHWHILE = 32
 _ENTRIES = 4  # two branches of a drawing, and of the text before it or of the drawing before that
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first `len(ids)` positions of one row: per layer keys and values (1, kv_heads, length, head_dim)."""
+    """The first `len(ids)` positions of one row: per layer keys and values (1, kv_heads, length, head_dim).
+
+    request: how many of them were given; the model wrote the rest.
+    """
 
     ids: tuple[int, ...]
+    request: int
     pictures: tuple[tuple[Span, str], ...]
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
@@ -60,25 +65,33 @@ class PrefixStore:
         """Bytes held."""
         return sum(entry.nbytes for entry in self._entries.values())
 
-    def find(self, ids: tuple[int, ...], rows: SequenceRows) -> tuple[Prefix | None, int]:
-        """The prefix that covers most of a row, and how much; (None, 0) if none covers enough to be worth it."""
-        best, length = None, _WORTHWHILE - 1
+    def find(self, ids: tuple[int, ...], rows: SequenceRows, *, partly: bool = False) -> tuple[Prefix | None, int]:
+        """The prefix that covers most of a row, and how much; (None, 0) if none does.
+
+        A prefix serves if the row holds its whole request; with `partly` any common beginning will do.
+        """
+        best, length = None, 0
         for key, entry in self._entries.items():
             common = entry.common_length(ids, rows)
-            if common > length:
+            if common > length and (partly or common >= entry.request):
                 best, length = key, common
         if best is None:
             return None, 0
         self._entries.move_to_end(best)
         return self._entries[best], length
 
-    def keep(self, ids: tuple[int, ...], rows: SequenceRows, cache: KVCache, row: int) -> None:
-        """Keeps the keys and values of the first `len(ids)` positions of one row of a cache (copied)."""
+    def keep(
+        self, ids: tuple[int, ...], rows: SequenceRows, cache: KVCache, row: int, request: int | None = None
+    ) -> None:
+        """Keeps the keys and values of the first `len(ids)` positions of one row of a cache (copied).
+
+        `request`: how many of them were given, None for all.
+        """
         length = len(ids)
         pictures = tuple((span, key) for span, key in shown(rows) if span.stop <= length)
         keys = tuple(k[row : row + 1, :, :length].clone() for k in cache.keys)
         values = tuple(v[row : row + 1, :, :length].clone() for v in cache.values)
-        self._entries[ids, pictures] = Prefix(ids, pictures, keys, values)
+        self._entries[ids, pictures] = Prefix(ids, len(ids) if request is None else request, pictures, keys, values)
         self._entries.move_to_end((ids, pictures))
         while len(self._entries) > _ENTRIES:
             self._entries.popitem(last=False)

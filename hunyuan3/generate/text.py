@@ -175,7 +175,7 @@ class _Writer:
         """Gives the keys and values of prompt and text to the store."""
         if self.text.prefixes is not None:
             ids = (*self.text.rows.sequence.ids, *self.text.ids[: self.fed])
-            self.text.prefixes.keep(ids, self.text.rows, self.cache, 0)
+            self.text.prefixes.keep(ids, self.text.rows, self.cache, 0, request=self.prompt)
 
     def _run(self, x: torch.Tensor, span: Span) -> torch.Tensor:
         def between_layers(layer: int, stream: torch.Tensor) -> None:
