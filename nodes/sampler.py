@@ -1,5 +1,6 @@
 """Hunyuan3Sampler: from a conditioning to a latent."""
 
+from dataclasses import asdict
 from typing import Any
 
 from ..hunyuan3.conditioning import Conditioning
@@ -111,7 +112,7 @@ class Hunyuan3Sampler(io.ComfyNode):
                 io.Latent.Output("latent_out", display_name="latent", tooltip="For Hunyuan3 VAE Decode."),
                 io.String.Output("info", display_name="info", tooltip="What was used: steps, guidance, shift, seed."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -168,6 +169,7 @@ class Hunyuan3Sampler(io.ComfyNode):
             progress.step("draw", step.step + 1, step.steps, picture)
         info = describe(model, run)
         progress.report(info)
+        _note_in_png(cls.hidden.extra_pnginfo, cls.hidden.unique_id, model, run)
         return io.NodeOutput({"samples": run.latents}, info, ui={"text": [info]})
 
 
@@ -190,3 +192,16 @@ def describe(model: ModelHandle, run: SamplingRun) -> str:
         parts.append(f"denoise {used.denoise:g}")
     parts.append(f"{model.name} ({model.model.folder.variant})")
     return ", ".join(parts)
+
+
+def _note_in_png(extra_pnginfo: dict[str, Any] | None, node_id: str, model: ModelHandle, run: SamplingRun) -> None:
+    """Adds what was used to what ComfyUI writes into PNG files, under "hunyuan3", by sampler.
+
+    The page always sends that dictionary; a client of the HTTP API that sends none gets what the core writes.
+    """
+    if extra_pnginfo is None:
+        return
+    used = asdict(run.settings) | {"width": run.conditioning.size.width, "height": run.conditioning.size.height}
+    used |= {"checkpoint": model.name, "variant": model.model.folder.variant, "format": model.model.options.format}
+    used |= {"prompt": run.conditioning.prompt, "trace": run.conditioning.trace}
+    extra_pnginfo.setdefault("hunyuan3", {})[str(node_id)] = used

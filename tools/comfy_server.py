@@ -234,14 +234,17 @@ class ComfyServer:
 
     # --- prompts ------------------------------------------------------------------------------------------------
 
-    def queue(self, prompt: Prompt, *, timeout: float = 600.0) -> dict[str, Json]:
+    def queue(
+        self, prompt: Prompt, *, timeout: float = 600.0, extra_data: Mapping[str, Json] | None = None
+    ) -> dict[str, Json]:
         """Queue a prompt in the API format, wait for its end and return the outputs by node id."""
-        return self.wait(self.submit(prompt), timeout=timeout)
+        return self.wait(self.submit(prompt, extra_data), timeout=timeout)
 
-    def submit(self, prompt: Prompt) -> str:
+    def submit(self, prompt: Prompt, extra_data: Mapping[str, Json] | None = None) -> str:
         """Queue a prompt in the API format and return its id. Raises PromptError if the server finds fault with it."""
         try:
-            answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
+            body = {"prompt": prompt, "client_id": self.client_id, "extra_data": dict(extra_data or {})}
+            answer = self.post("/prompt", body)
         except urllib.error.HTTPError as error:
             if error.code != 400:
                 raise

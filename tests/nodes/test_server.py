@@ -72,6 +72,21 @@ def test_shipped_workflow_gives_the_cores_own_picture(
     np.testing.assert_array_equal(got[0], picture_of_the_core(tiny_checkpoint, workflow))
 
 
+def test_the_png_tells_what_was_used(comfy_server: ComfyServer, workflow: Prompt, tiny_checkpoint: Path):
+    """As the page sends it: with the dictionary whose entries ComfyUI writes into PNG files."""
+    prompt = with_seed(with_inputs(workflow, {"Hunyuan3Conditioning": {"trace": "a fox, rewritten"}}), SEED + 7)
+    outputs = comfy_server.queue(prompt, extra_data={"extra_pnginfo": {"workflow": {"nodes": []}}})
+    image = next(image for node in outputs.values() for image in node.get("images", []))
+    text = Image.open(io.BytesIO(comfy_server.view(**image))).text
+    (used,) = json.loads(text["hunyuan3"]).values()
+    assert (used["steps"], used["seed"], used["checkpoint"]) == (STEPS, SEED + 7, tiny_checkpoint.name)
+    assert (used["guidance"], used["shift"]) == (2.5, 3.0), (
+        "the checkpoint's own defaults, not the 0 that was asked for"
+    )
+    assert (used["prompt"], used["trace"]) == (PROMPT, "<recaption>a fox, rewritten</recaption>")
+    assert json.loads(text["workflow"]) == {"nodes": []}
+
+
 def test_next_prompt_works_after_a_refused_one(comfy_server: ComfyServer, workflow: Prompt):
     refused = with_inputs(workflow, {"Hunyuan3Loader": {"checkpoint": "no-such-folder"}})
     with pytest.raises(PromptError, match="no-such-folder"):
