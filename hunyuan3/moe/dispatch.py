@@ -41,7 +41,7 @@ def combine(outputs: torch.Tensor, dispatch: Dispatch, routing: Routing) -> torc
     streamed or chunked run agrees with a resident one to the bit.
     """
     weights = routing.weights.float()
-    total = outputs[dispatch.place[:, 0]].float() * weights[:, :1]
+    total = outputs.index_select(0, dispatch.place[:, 0]).float() * weights[:, :1]
     for choice in range(1, weights.shape[1]):
-        total.addcmul_(outputs[dispatch.place[:, choice]].float(), weights[:, choice : choice + 1])
+        total.addcmul_(outputs.index_select(0, dispatch.place[:, choice]).float(), weights[:, choice : choice + 1])
     return total.to(outputs.dtype)
