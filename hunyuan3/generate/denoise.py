@@ -17,6 +17,7 @@ import torch
 from ..callbacks import CheckCancelled, never_cancelled
 from ..errors import RequestError
 from ..ops.attention import AttentionPlan, plan_attention
+from ..ops.pace import QueueLimit
 from ..ops.rope import rope_positions, rope_table
 from ..transformer.model import Hunyuan3Transformer, OnLayer
 from ..types import Span, TokenSequence
@@ -82,7 +83,10 @@ def denoise(
     if model.drops_tokens and one_branch_at_a_time and len(branches) > 1:
         raise RequestError("Capacity dropping needs both guidance branches in one pass; turn one of the two off.")
 
+    limit_queue = QueueLimit(model.device)
+
     def between_layers(layer: int, x: torch.Tensor) -> None:
+        limit_queue()
         check_cancelled()
         if on_layer is not None:
             on_layer(layer, x)
