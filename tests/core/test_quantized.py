@@ -1,0 +1,157 @@
+"""Weights stored small: error of each scheme, what is stored how, and the formats in a loaded model."""
+
+import pytest
+import torch
+
+from hunyuan3.checkpoint.keymap import transformer_slots
+from hunyuan3.error import first_layers, layer_errors, main, weight_errors
+from hunyuan3.errors import RequestError
+from hunyuan3.folder import ModelFolder
+from hunyuan3.moe.select import expert_backend
+from hunyuan3.ops.quantized import GROUP, SCHEMES, linear, quantize
+from hunyuan3.parts import LoadOptions, load_transformer
+from hunyuan3.pipeline import Hunyuan3
+from hunyuan3.quant.modules import swap
+from hunyuan3.quant.policy import FORMATS, policy_of
+
+# Relative error on Gaussian weights: measured, and a little room.
+GAUSSIAN = {"int8": 0.010, "fp8": 0.028, "int4": 0.0705}
+BITS = {"int8": 8.02, "fp8": 8.02, "int4": 4.52}
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gaussian_weights_come_back_within_the_stated_error_and_size(scheme):
+    weight = gaussian(64, 4096) * 0.02
+    stored = quantize(weight, scheme)
+    assert 0.3 * GAUSSIAN[scheme] < relative(stored.dequantize(torch.float32), weight) < GAUSSIAN[scheme]
+    assert 8 * stored.nbytes / weight.numel() == pytest.approx(BITS[scheme], abs=0.02)
+    assert stored.shape == (64, 4096)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_of_very_different_size_do_not_disturb_each_other(scheme):
+    weight = gaussian(8, 256) * torch.logspace(-6, 6, 8)[:, None]
+    stored = quantize(weight, scheme).dequantize(torch.float32)
+    for row in range(8):
+        assert relative(stored[row], weight[row]) < 0.09
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_zeros_stay_zeros_and_nothing_becomes_nan(scheme):
+    weight = gaussian(4, 64)
+    weight[1] = 0
+    weight[2, :GROUP] = 0
+    stored = quantize(weight, scheme).dequantize(torch.float32)
+    assert (stored[1] == 0).all()
+    assert (stored[2, :GROUP] == 0).all()
+    assert torch.isfinite(stored).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_stack_is_quantised_matrix_by_matrix_and_can_be_sliced(scheme):
+    stack = gaussian(3, 16, 64)
+    stored = quantize(stack, scheme)
+    for index in range(3):
+        alone = quantize(stack[index], scheme)
+        assert torch.equal(stored[index].dequantize(torch.float32), alone.dequantize(torch.float32))
+    assert torch.equal(stored[1:].dequantize(torch.float32), stored.dequantize(torch.float32)[1:])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_product_is_that_of_the_stored_weight(scheme):
+    weight, x = gaussian(32, 64), gaussian(5, 64, seed=1)
+    stored = quantize(weight, scheme)
+    torch.testing.assert_close(linear(x, stored), x @ stored.dequantize(torch.float32).T)
+
+
+def test_int4_refuses_rows_that_are_no_whole_groups():
+    with pytest.raises(RequestError, match="multiple of 16"):
+        quantize(gaussian(4, 24), "int4")
+
+
+def test_an_unknown_format_is_refused_by_name():
+    with pytest.raises(RequestError, match="int3"):
+        LoadOptions(device="cpu", format="int3").resolved()
+
+
+@pytest.mark.parametrize("weight_format", FORMATS[1:])
+def test_only_the_large_matrices_of_the_layers_are_stored_small(folders, weight_format):
+    folder = ModelFolder.open(folders["distil"])
+    model = load_transformer(folder, LoadOptions(device="cpu", dtype="float32", format=weight_format).resolved())
+    small = {name for name, p in model.named_parameters() if p.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn)}
+    assert small, "nothing was stored small"
+    assert all(name.startswith("layers.") for name in small)
+    assert not any("router" in name or "norm" in name for name in small)
+    plain = load_transformer(folder, LoadOptions(device="cpu", dtype="float32").resolved())
+    untouched = dict(plain.named_parameters()).keys() & dict(model.named_parameters()).keys() - small
+    for name in untouched:
+        assert torch.equal(plain.get_parameter(name), model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("weight_format", FORMATS[1:])
+def test_every_stored_tensor_has_a_place_and_a_name_of_its_own(folders, weight_format):
+    folder = ModelFolder.open(folders["instruct"])
+    model = folder.networks.transformer()
+    swap(model, policy_of(weight_format))
+    slots = transformer_slots(dict(model.named_parameters()))
+    places = [(slot.parameter, slot.expert) for slot in slots.values()]
+    assert len(set(places)) == len(places)
+    assert set(folder.networks.transformer_slots) <= set(slots)
+
+
+@pytest.mark.parametrize(("weight_format", "limit"), [("int8", 0.03), ("fp8", 0.08), ("int4", 0.10)])
+def test_a_drawing_stays_near_that_of_the_published_weights(folders, models, weight_format, limit):
+    """Latents of a random model after eight steps; the limits are about twice what was measured."""
+    model = Hunyuan3.load(folders["distil"], device="cpu", dtype="float32", format=weight_format)
+    drawn, expected = (
+        one.sample(one.conditioning("a red fox", width=96, height=64), seed=1).latents
+        for one in (model, models["distil"])
+    )
+    assert 0 < relative(drawn, expected) < limit
+
+
+@pytest.mark.parametrize("weight_format", FORMATS[1:])
+def test_backends_and_chunks_agree_on_quantised_experts(folders, weight_format):
+    options = LoadOptions(device="cpu", dtype="float32", format=weight_format).resolved()
+    moe = load_transformer(ModelFolder.open(folders["instruct"]), options).layers[0].mlp
+    x = gaussian(1, 40, 64)
+    with torch.no_grad():
+        expected = moe(x)
+        moe.experts.chunk_size = 3
+        assert torch.equal(moe(x), expected)
+        moe.backend = expert_backend("grouped")
+        torch.testing.assert_close(moe(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bytes_are_counted_before_anything_is_loaded(folders):
+    sizes = {}
+    for weight_format in FORMATS:
+        model = Hunyuan3.open(folders["instruct"], device="cpu", dtype="bfloat16", format=weight_format)
+        sizes[weight_format] = model.placed_transformer.total_bytes
+        assert model.placed_transformer.loaded_bytes == 0
+        loaded = model.transformer()
+        assert sum(p.nbytes for p in loaded.parameters()) == sizes[weight_format]
+    assert sizes["int4"] < sizes["int8"] < sizes["bf16"]
+
+
+def test_the_error_table_ranks_the_formats_and_sees_no_error_where_there_is_none(folders, capsys):
+    folder = first_layers(ModelFolder.open(folders["instruct"]), 1)
+    reference = load_transformer(folder, LoadOptions(device="cpu", dtype="float32").resolved())
+    assert len(reference.layers) == 1
+    assert layer_errors(reference, reference) == [0.0]
+    rows = {name: list(weight_errors(folder, policy_of(name), 1)) for name in FORMATS[1:]}
+    experts = {
+        name: next(r.relative for r in found if r.kind.startswith("mlp.experts")) for name, found in rows.items()
+    }
+    assert experts["int8"] < experts["fp8"] < experts["int4"] < 0.08
+    assert main([str(folders["instruct"]), "--format", "int8", "--layers", "1"]) == 0
+    assert "output of layer 0" in capsys.readouterr().out
+    assert main([str(folders["instruct"] / "nowhere")]) == 1
