@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from .errors import Hunyuan3Error
+from .errors import Hunyuan3Error, RequestError
 from .generate.noise import NOISE_SOURCES
 from .pipeline import Hunyuan3
 from .quant.policy import FORMATS
@@ -16,7 +16,12 @@ from .quant.policy import FORMATS
 
 def draw(args: argparse.Namespace) -> None:
     """Draws pictures from a prompt and writes them as PNG files, the settings used among their text chunks."""
-    with tqdm(desc="load", unit="tensor") as bar:
+    if args.output.suffix.lower() != ".png":
+        raise RequestError(f"--output is {args.output}; it must end in .png.")
+    if args.tile_size and args.tile_size < 32:
+        raise RequestError(f"--tile-size is {args.tile_size}; it must be at least 32 pixels, or 0 for whole.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(desc="load", unit="B", unit_scale=True) as bar:
         model = Hunyuan3.load(
             args.model,
             variant=args.variant,
@@ -53,7 +58,6 @@ def draw(args: argparse.Namespace) -> None:
     )
     for index, picture in enumerate(model.pictures(run.latents, tile_size=args.tile_size or None)):
         path = args.output if used.batch_size == 1 else args.output.with_stem(f"{args.output.stem}_{index}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = PngInfo()
         text.add_text("hunyuan3", f"{conditioning.prompt}\n{used}\n{model.folder.path.name}")
         picture.save(path, pnginfo=text)
@@ -87,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         draw(args)
-    except Hunyuan3Error as error:
+    except (Hunyuan3Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from accelerate import init_empty_weights
 
 from .checkpoint.index import CheckpointIndex
@@ -105,11 +104,6 @@ class ModelFolder:
         shapes = {name: [info.dtype, list(info.shape)] for name, info in self.index.tensors.items()}
         digest.update(json.dumps([self.variant, shapes], sort_keys=True).encode())
         return digest.hexdigest()[:16]
-
-    def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the transformer's parameters in one dtype."""
-        numbers = sum(torch.Size(slot.shape).numel() for slot in self.networks.transformer_slots.values())
-        return numbers * dtype.itemsize
 
 
 class Networks:

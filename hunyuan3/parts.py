@@ -20,7 +20,6 @@ from .placement.placed import PlacedModule, units_by_prefix
 from .quant.modules import is_quantized, swap, transform_to
 from .quant.policy import policy_of
 from .transformer.model import Hunyuan3Transformer
-from .vae.autoencoder import AutoencoderKLConv3D
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 VAE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -129,11 +128,6 @@ def load_transformer(folder: ModelFolder, options: ResolvedOptions) -> Hunyuan3T
     return place_transformer(folder, options).load()
 
 
-def load_vae(folder: ModelFolder, options: ResolvedOptions) -> AutoencoderKLConv3D:
-    """The VAE with its weights, ready to run."""
-    return place_vae(folder, options).load()
-
-
 def _place(
     name: str,
     module: nn.Module,
@@ -186,8 +180,12 @@ def _device(asked: str | torch.device) -> torch.device:
         return torch.device(_best_device())
     try:
         device = torch.device(asked)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        torch.ones(1, device=device).item()  # the meta device, which computes nothing, fails here
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch asserts where it was built without CUDA
         reason = str(error).splitlines()[0]
         raise RequestError(f"device is {str(asked)!r}, which does not work here ({reason}). Choose 'auto'.") from error
     return device

@@ -177,6 +177,8 @@ class Hunyuan3:
             raise RequestError(
                 f"pixels has the shape {list(pixels.shape)}; it must be [B, height, width, 3], not empty."
             )
+        if not torch.isfinite(pixels).all():
+            raise RequestError("pixels holds numbers that are not finite (NaN or infinity).")
         scaled = (pixels.permute(0, 3, 1, 2).float() * 2 - 1).to(self.options.device)
         posterior = self.vae().encode(scaled, tile_size=tile_size, check_cancelled=check_cancelled)
         return posterior.mode().float().cpu()

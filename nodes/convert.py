@@ -1,4 +1,4 @@
-"""ComfyUI's IMAGE tensors <-> the core's pictures."""
+"""ComfyUI's IMAGE tensors as the core's pictures."""
 
 import torch
 from PIL import Image
@@ -19,8 +19,3 @@ def pictures_of(image: torch.Tensor, name: str) -> list[Image.Image]:
         raise RequestError(f"{name} holds numbers that are not finite (NaN or infinity).")
     pixels = (image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     return [Image.fromarray(picture.numpy()) for picture in pixels]
-
-
-def image_of(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels (H, W, 3) uint8 -> IMAGE (1, H, W, 3) float32 in [0, 1]."""
-    return (pixels.float() / 255)[None]

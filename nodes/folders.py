@@ -39,10 +39,13 @@ def _roots() -> list[Path]:
 
 
 def _checkpoints_in(root: Path, depth: int = _DEPTH) -> list[Path]:
-    if not root.is_dir():
+    """Checkpoints below a folder; folders that may not be read hold none."""
+    try:
+        folders = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+    except OSError:
         return []
     found = []
-    for folder in (entry for entry in root.iterdir() if entry.is_dir()):
+    for folder in folders:
         if _is_checkpoint(folder):
             found.append(folder)
         elif depth > 1:
@@ -51,4 +54,9 @@ def _checkpoints_in(root: Path, depth: int = _DEPTH) -> list[Path]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME))
+    try:
+        return (folder / "config.json").is_file() and any(
+            (folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME)
+        )
+    except OSError:
+        return False

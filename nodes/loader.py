@@ -13,11 +13,13 @@ from ..hunyuan3.ops.attention import ATTENTION_BACKENDS
 from ..hunyuan3.parts import DTYPES, VAE_DTYPES
 from ..hunyuan3.pipeline import Hunyuan3
 from ..hunyuan3.quant.policy import FORMATS
-from .compat import io, schema
+from .compat import io, require_choice, schema
 from .folders import checkpoint_names, checkpoint_path
 from .io_types import HunyuanModel, ModelHandle
 from .memory import GIB, PartPatcher
 from .progress import NodeProgress
+
+_PARSED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "system_prompt.py")
 
 
 class Hunyuan3Loader(io.ComfyNode):
@@ -114,7 +116,7 @@ class Hunyuan3Loader(io.ComfyNode):
             folder = checkpoint_path(checkpoint)
         except RequestError:
             return []
-        return [path.stat().st_mtime for path in _telling_files(folder) if path.is_file()]
+        return [path.stat().st_mtime if path.is_file() else 0.0 for path in _telling_files(folder)]
 
     @classmethod
     def execute(
@@ -129,6 +131,7 @@ class Hunyuan3Loader(io.ComfyNode):
         attention: str = "auto",
         format: str = "bf16",
     ) -> io.NodeOutput:
+        require_choice("checkpoint", checkpoint, checkpoint_names())
         model = Hunyuan3.open(
             checkpoint_path(checkpoint),
             variant=variant,
@@ -172,4 +175,4 @@ def _devices() -> list[str]:
 
 
 def _telling_files(folder: Path) -> list[Path]:
-    return [folder / name for name in ("config.json", "generation_config.json", INDEX_NAME, SINGLE_NAME)]
+    return [folder / name for name in ("config.json", *_PARSED, INDEX_NAME, SINGLE_NAME)]

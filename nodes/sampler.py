@@ -45,7 +45,12 @@ class Hunyuan3Sampler(io.ComfyNode):
                     tooltip="Decides the noise. The same seed draws the same picture.",
                 ),
                 io.Int.Input(
-                    "steps", default=0, min=0, max=1000, tooltip="Denoise steps; 0: the checkpoint's own default."
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="Denoise steps; 0: the checkpoint's own default.",
                 ),
                 io.Float.Input(
                     "guidance",
@@ -53,6 +58,7 @@ class Hunyuan3Sampler(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
+                    optional=True,
                     tooltip=(
                         "How closely the prompt is followed; 0: the checkpoint's own default. 1 or less (not "
                         "distilled): no guidance, twice as fast."
@@ -64,13 +70,15 @@ class Hunyuan3Sampler(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
+                    optional=True,
                     tooltip="How much of the schedule is spent at high noise; 0: the checkpoint's own default.",
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures drawn at once."),
+                io.Int.Input("batch_size", default=1, min=1, max=64, optional=True, tooltip="Pictures drawn at once."),
                 io.Combo.Input(
                     "noise",
                     options=list(NOISE_SOURCES),
                     default="comfy",
+                    optional=True,
                     tooltip=(
                         "'comfy': noise as ComfyUI's samplers make it, the same on every machine. 'device': made on "
                         "the GPU. 'reference': as the official pipeline makes it (bfloat16, seed + 1 for the next "

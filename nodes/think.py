@@ -32,6 +32,7 @@ class Hunyuan3Think(io.ComfyNode):
                     "task",
                     options=_TASKS,
                     default="think_recaption",
+                    optional=True,
                     tooltip=(
                         "Think and rewrite, only rewrite, only think, or (img_ratio) only choose the picture's shape. "
                         "The shape is chosen in each case."

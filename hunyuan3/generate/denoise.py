@@ -21,7 +21,7 @@ from ..ops.pace import QueueLimit
 from ..ops.rope import rope_positions, rope_table
 from ..transformer.model import Hunyuan3Transformer, OnLayer
 from ..types import Span, TokenSequence
-from .prefix import PrefixStore
+from .prefix import TEXT, Prefix, PrefixStore
 from .rows import SequenceRows, embed_rows
 from .schedule import TIME_SCALE, Schedule
 from .taylor import TaylorCache, TaylorOptions
@@ -151,11 +151,12 @@ class _Pass:
         same numbers, to the bit, as the one that made it known.
         """
         self.start = self.window.start
-        found = [prefixes.find(self.branches[0].ids, self.rows)]
-        # Where the conditional row goes on from a kept one, the other may share the system prompt and pictures with it.
-        partly = found[0][1] > 0
-        found += [prefixes.find(branch.ids, self.rows, partly=partly) for branch in self.branches[1:]]
+        kind = f"draw{len(self.branches)}"
+        found = [prefixes.find(branch.ids, self.rows, kind=kind) for branch in self.branches]
         known = [min(length, self.start) for _prefix, length in found]
+        if min(known) < self.start:
+            found = self._after_text(prefixes)
+            known = [min(length, self.start) for _prefix, length in found]
         for index, (prefix, _length) in enumerate(found):
             if prefix is not None:
                 self.cache.fill(self._lines(index), prefix.keys, prefix.values, known[index])
@@ -166,7 +167,18 @@ class _Pass:
                 if length < self.start:
                     self._compute(range(index, index + 1), length, on_layer)
         for index, branch in enumerate(self.branches):
-            prefixes.keep(branch.ids[: self.start], self.rows, self.cache, self._lines(index).start)
+            prefixes.keep(branch.ids[: self.start], self.rows, self.cache, self._lines(index).start, kind=kind)
+
+    def _after_text(self, prefixes: PrefixStore) -> list[tuple[Prefix | None, int]]:
+        """What a text pass that this drawing goes on from left for each branch; nothing if there was none.
+
+        The unconditional branch shares with it what stands before the words that are replaced there.
+        """
+        first = prefixes.find(self.branches[0].ids, self.rows, kind=TEXT)
+        others = self.branches[1:]
+        if first[0] is None:
+            return [first, *((None, 0) for _branch in others)]
+        return [first, *(prefixes.find(branch.ids, self.rows, kind=TEXT, partly=True) for branch in others)]
 
     def _compute(self, branches: range, known: int, on_layer: OnLayer) -> None:
         """Runs the prompt of some branches from position `known` up to the picture, one row each."""

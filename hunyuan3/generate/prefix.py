@@ -17,6 +17,7 @@ from ..transformer.kv_cache import KVCache
 from ..types import Span
 from .rows import SequenceRows
 
+TEXT = "text"  # kind of a prefix that a text pass left
 _ENTRIES = 4  # two branches of a drawing, and of the text before it or of the drawing before that
 
 
@@ -24,7 +25,8 @@ _ENTRIES = 4  # two branches of a drawing, and of the text before it or of the d
 class Prefix:
     """The first `len(ids)` positions of one row: per layer keys and values (1, kv_heads, length, head_dim).
 
-    request: how many of them were given; the model wrote the rest.
+    request: how many of them were given; the model wrote the rest. kind: how they were computed, "text" or "draw" with
+    the number of branches in the pass: numbers of different passes differ in their last bits.
     """
 
     ids: tuple[int, ...]
@@ -32,6 +34,7 @@ class Prefix:
     pictures: tuple[tuple[Span, str], ...]
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
+    kind: str = TEXT
 
     @property
     def nbytes(self) -> int:
@@ -58,21 +61,23 @@ class PrefixStore:
     """The most recently used prefixes, a handful."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[tuple[tuple[int, ...], tuple[tuple[Span, str], ...]], Prefix] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, tuple[int, ...], tuple[tuple[Span, str], ...]], Prefix] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(entry.nbytes for entry in self._entries.values())
 
-    def find(self, ids: tuple[int, ...], rows: SequenceRows, *, partly: bool = False) -> tuple[Prefix | None, int]:
-        """The prefix that covers most of a row, and how much; (None, 0) if none does.
+    def find(
+        self, ids: tuple[int, ...], rows: SequenceRows, *, kind: str = TEXT, partly: bool = False
+    ) -> tuple[Prefix | None, int]:
+        """The prefix of a kind that covers most of a row, and how much; (None, 0) if none does.
 
         A prefix serves if the row holds its whole request; with `partly` any common beginning will do.
         """
         best, length = None, 0
         for key, entry in self._entries.items():
-            common = entry.common_length(ids, rows)
+            common = entry.common_length(ids, rows) if entry.kind == kind else 0
             if common > length and (partly or common >= entry.request):
                 best, length = key, common
         if best is None:
@@ -81,7 +86,14 @@ class PrefixStore:
         return self._entries[best], length
 
     def keep(
-        self, ids: tuple[int, ...], rows: SequenceRows, cache: KVCache, row: int, request: int | None = None
+        self,
+        ids: tuple[int, ...],
+        rows: SequenceRows,
+        cache: KVCache,
+        row: int,
+        *,
+        kind: str = TEXT,
+        request: int | None = None,
     ) -> None:
         """Keeps the keys and values of the first `len(ids)` positions of one row of a cache (copied).
 
@@ -91,8 +103,9 @@ class PrefixStore:
         pictures = tuple((span, key) for span, key in shown(rows) if span.stop <= length)
         keys = tuple(k[row : row + 1, :, :length].clone() for k in cache.keys)
         values = tuple(v[row : row + 1, :, :length].clone() for v in cache.values)
-        self._entries[ids, pictures] = Prefix(ids, len(ids) if request is None else request, pictures, keys, values)
-        self._entries.move_to_end((ids, pictures))
+        request = len(ids) if request is None else request
+        self._entries[kind, ids, pictures] = Prefix(ids, request, pictures, keys, values, kind)
+        self._entries.move_to_end((kind, ids, pictures))
         while len(self._entries) > _ENTRIES:
             self._entries.popitem(last=False)
 

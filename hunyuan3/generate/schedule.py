@@ -7,6 +7,7 @@ import torch
 from ..errors import RequestError
 
 TIME_SCALE = 1000.0
+_LEAST_DENOISE = 0.001  # the whole schedule, of steps / denoise levels, is computed to take its end
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Schedule:
             raise RequestError(f"steps is {steps}; it must be at least 1 (0 means the checkpoint's own number).")
         if not shift > 0:
             raise RequestError(f"shift is {shift}; it must be above 0 (0 means the checkpoint's own value).")
-        if not 0 < denoise <= 1:
-            raise RequestError(f"denoise is {denoise}; it must be above 0 and at most 1.")
+        if not _LEAST_DENOISE <= denoise <= 1:
+            raise RequestError(f"denoise is {denoise}; it must be from {_LEAST_DENOISE} to 1.")
         total = steps if denoise == 1 else int(steps / denoise)
         s = torch.linspace(1, 0, total + 1)
         sigmas = s if shift == 1 else shift * s / (1 + (shift - 1) * s)

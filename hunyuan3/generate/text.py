@@ -16,7 +16,7 @@ from ..ops.attention import plan_attention
 from ..ops.rope import rope_positions, rope_table
 from ..transformer.model import Hunyuan3Transformer, OnLayer
 from ..types import Span
-from .prefix import PrefixStore
+from .prefix import TEXT, PrefixStore
 from .rows import SequenceRows, embed_rows
 from .sampling import TokenSampler, pick_among
 from .stages import StagePlan
@@ -157,7 +157,7 @@ class _Writer:
         """Runs the prompt, from where the prefix store ends; logits (V,) of its last position."""
         rows, model, prefixes = self.text.rows, self.text.model, self.text.prefixes
         ids = rows.sequence.ids
-        prefix, length = prefixes.find(ids, rows) if prefixes is not None else (None, 0)
+        prefix, length = prefixes.find(ids, rows, kind=TEXT) if prefixes is not None else (None, 0)
         length = min(length, self.prompt - 1)  # the last position must run: its logits are not kept
         if prefix is not None:
             self.cache.fill(slice(0, 1), prefix.keys, prefix.values, length)
@@ -175,7 +175,7 @@ class _Writer:
         """Gives the keys and values of prompt and text to the store."""
         if self.text.prefixes is not None:
             ids = (*self.text.rows.sequence.ids, *self.text.ids[: self.fed])
-            self.text.prefixes.keep(ids, self.text.rows, self.cache, 0, request=self.prompt)
+            self.text.prefixes.keep(ids, self.text.rows, self.cache, 0, kind=TEXT, request=self.prompt)
 
     def _run(self, x: torch.Tensor, span: Span) -> torch.Tensor:
         def between_layers(layer: int, stream: torch.Tensor) -> None:

@@ -16,10 +16,14 @@ CHOICES = ("None", "dynamic", "en_vanilla", "en_recaption", "en_think_recaption"
 
 @dataclass(frozen=True)
 class SystemPrompts:
-    """The folder's prompts by choice ("en_vanilla" ...), unstripped; `texts` is empty where the folder has no file."""
+    """The folder's prompts by choice ("en_vanilla" ...), unstripped; `texts` is empty where the folder has no file.
+
+    present: whether the file was there when the folder was opened.
+    """
 
     source: Path
     texts: Mapping[str, str] = field(default_factory=dict)
+    present: bool = False
 
     @classmethod
     def from_folder(cls, folder: Path) -> "SystemPrompts":
@@ -31,12 +35,12 @@ class SystemPrompts:
             constants = _string_constants(path.read_bytes())
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise CheckpointError(f"{path} is not valid Python ({error}). Download this file again.") from error
-        return cls(path, {choice: constants[name] for choice, name in _CONSTANTS.items() if name in constants})
+        return cls(path, {choice: constants[name] for choice, name in _CONSTANTS.items() if name in constants}, True)
 
     def text(self, choice: str) -> str:
         """The folder's own prompt, exactly as written there. Raises CheckpointError if the folder lacks it."""
         if choice not in self.texts:
-            found = f"has no text '{_CONSTANTS[choice]}'" if self.source.is_file() else f"is missing ({self.source})"
+            found = f"has no text '{_CONSTANTS[choice]}'" if self.present else f"is missing ({self.source})"
             raise CheckpointError(
                 f"system prompt '{choice}': {self.source.name} {found}. "
                 "Choose 'None', or 'custom' with your own text, or complete the checkpoint folder."
