@@ -97,7 +97,7 @@ class SamplingRun:
         for name, value in (("steps", steps), ("guidance", guidance), ("shift", shift)):
             if not 0 <= value < float("inf"):
                 raise RequestError(
-                    f"{name} is {value}; it must be finite and not negative (0 means the checkpoint's default)."
+                    f"{name} is {value}; it must not be negative, and finite (0 means the checkpoint's default)."
                 )
         if not 0 <= seed < 2**64:
             raise RequestError(f"seed is {seed}; it must be from 0 to 2**64 - 1.")
