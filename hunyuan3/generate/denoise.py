@@ -160,6 +160,8 @@ class _Pass:
         for index, (prefix, _length) in enumerate(found):
             if prefix is not None:
                 self.cache.fill(self._lines(index), prefix.keys, prefix.values, known[index])
+        if found[0][0] is not None and found[0][0].kind == kind:
+            return  # every branch was found whole
         if not any(known):
             self._compute(range(len(self.branches)), 0, on_layer)
         else:
