@@ -2,9 +2,9 @@
 
     python3 tools/test.py [arguments for pytest]
 
-Sets up the test bed (see testbed.py) and runs ruff, the parity check against the reference's recorded tensors, and
-pytest, the tests in a real ComfyUI included. Every check runs even if one before it failed; the exit code is the worst
-one. The settings of the checks are in pyproject.toml.
+Sets up the test bed (see testbed.py) and runs ruff, the checks of js/ (see js_check.py), the parity check against the
+reference's recorded tensors, and pytest, the tests in a real ComfyUI included. Every check runs even if one before it
+failed; the exit code is the worst one. The settings of the checks are in pyproject.toml.
 
 Environment: see testbed.py; HUNYUAN3_GOLDEN names the folder of recorded tensors for the parity check.
 """
@@ -48,7 +48,8 @@ def main(pytest_arguments: Sequence[str]) -> int:
     checks = {
         "ruff check": [*module, "ruff", "check", "--extend-exclude", ".cache", "."],
         "ruff format": [*module, "ruff", "format", "--check", "--extend-exclude", ".cache", "."],
-        "parity": [*module, "tests.parity", str(golden_dir()), "--allow-missing"],
+        "js": [str(bed.python), str(REPO / "tools" / "js_check.py")],
+        "parity": [*module, "tests.parity", str(golden_dir())],
         "pytest": [*module, "pytest", *pytest_arguments],
     }
     env = testbed.clean_env(COMFYUI_PATH=str(bed.comfyui), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", **browser)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from PIL import Image
+
 from hunyuan3.tiny import make_tiny
 from tools.comfy_server import MODELS, ComfyServer
-from tools.workflows import FOLDER, VARIANTS, WORKFLOWS
+from tools.workflows import EXAMPLE, FOLDER, VARIANTS, WORKFLOWS
 
 NAMES = [build.__name__ for build in WORKFLOWS]
 
@@ -22,9 +24,10 @@ def for_api(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def place_checkpoints(server: ComfyServer) -> None:
-    """Put a tiny checkpoint into the server's models folder under each published name, where there is none yet."""
+def furnish(server: ComfyServer) -> None:
+    """Give the server what the workflows name: a tiny checkpoint under each published name, and ComfyUI's picture."""
     for name, variant in VARIANTS.items():
         folder = server.base / "models" / MODELS / name
         if not folder.exists():
             make_tiny(folder, variant)
+    Image.radial_gradient("L").resize((160, 120)).convert("RGB").save(server.base / "input" / EXAMPLE)

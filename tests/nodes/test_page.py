@@ -48,7 +48,7 @@ def opened(request: pytest.FixtureRequest, comfy_server: ComfyServer, browser: B
     """The page, opened once per renderer, on a ComfyUI in which the shipped workflows can run as they are."""
     from tools.comfy_page import ComfyPage
 
-    shipped.place_checkpoints(comfy_server)
+    shipped.furnish(comfy_server)
     with ComfyPage.open(browser, comfy_server, nodes2=request.param == "nodes2") as page:
         yield page
 

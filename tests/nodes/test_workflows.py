@@ -18,13 +18,16 @@ pytestmark = pytest.mark.comfy
 QUICK = {
     "Hunyuan3Resolution": {"ratio": "custom", "width": 96, "height": 64},
     "Hunyuan3Sampler": {"steps": 2},
+    "Hunyuan3Think": {"max_new_tokens": 12},
+    "Hunyuan3Ask": {"max_new_tokens": 12},
 }
+WRITE = ("Hunyuan3Think", "Hunyuan3Ask")
 
 
 @pytest.fixture(scope="module")
 def server(comfy_server: ComfyServer) -> ComfyServer:
     """A ComfyUI that has all published folders, each with a tiny checkpoint in it."""
-    shipped.place_checkpoints(comfy_server)
+    shipped.furnish(comfy_server)
     return comfy_server
 
 
@@ -86,8 +89,9 @@ def test_page_format_has_only_what_the_nodes_have(object_info: dict[str, Any], n
         assert {given["name"] for given in node["inputs"]} == known.keys()
         assert [output["name"] for output in node["outputs"]] == info["output_name"]
         fields = [given["name"] for given in node["inputs"] if "widget" in given]
-        seeds = [name for name in fields if known[name][1].get("control_after_generate")]
-        assert len(node["widgets_values"]) == len(fields) + len(seeds)
+        # The page puts a field of its own behind a seed, and a button behind a picture's name.
+        more = [name for name in fields if {"control_after_generate", "image_upload"} & known[name][1].keys()]
+        assert len(node["widgets_values"]) == len(fields) + len(more)
 
 
 def test_comfyui_offers_the_workflows_as_templates(server: ComfyServer):
@@ -95,13 +99,32 @@ def test_comfyui_offers_the_workflows_as_templates(server: ComfyServer):
 
 
 @pytest.mark.parametrize("name", shipped.NAMES)
-def test_workflow_runs_and_gives_pictures(server: ComfyServer, name: str):
+def test_seeds_of_texts_stay(name: str):
+    for node in shipped.for_page(name)["nodes"]:
+        if node["type"] in WRITE:
+            fields = [given["name"] for given in node["inputs"] if "widget" in given]
+            assert node["widgets_values"][fields.index("seed") + 1] == "fixed"
+
+
+@pytest.mark.parametrize("name", shipped.NAMES)
+def test_workflow_runs_and_gives_pictures_and_texts(server: ComfyServer, name: str):
     prompt = shipped.for_api(name)
-    outputs = server.queue(with_inputs(prompt, QUICK))
+    classes = {node["class_type"] for node in prompt.values()}
+    outputs = server.queue(with_inputs(prompt, {key: inputs for key, inputs in QUICK.items() if key in classes}))
+    texts = [outputs[node_id]["text"][0] for node_id, node in prompt.items() if node["class_type"] in WRITE]
+    assert all(texts)
     saved = [node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage"]
-    assert saved
+    assert saved or texts
     for node_id in saved:
         (image,) = outputs[node_id]["images"]
         picture = Image.open(io.BytesIO(server.view(**image)))
-        assert picture.size == (96, 64)
         assert len(picture.getcolors(maxcolors=2**24)) > 100  # not blank
+        if not texts:
+            assert picture.size == (96, 64)
+        elif not _aligns(prompt):  # the size that the model chose
+            assert any("{}x{}".format(*picture.size) in text for text in texts)
+
+
+def _aligns(prompt: dict[str, Any]) -> bool:
+    """Whether a workflow gives its result the shape of its input picture."""
+    return any(node["inputs"].get("align") for node in prompt.values())
