@@ -74,6 +74,8 @@ def make_conditioning(
         )
     if system is None:
         system = system_text(folder, system_prompt, custom_system_prompt, bot_task, reference)
+    if not trace.strip():
+        trace = ""
     if trace and not reference:
         trace = close_trace(trace)
         if not is_complete(trace):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from .callbacks import CheckCancelled, never_cancelled
 from .config import VAEConfig
+from .errors import RequestError
 from .folder import ModelFolder
 from .generate.rows import ShownPicture
 from .image.preprocess import fit_picture, size_of, to_vae_range, vision_patches
@@ -21,6 +22,7 @@ from .vision.siglip2 import Vision
 
 PosteriorMode = Literal["fixed", "reference"]
 _FIXED_SEED = 0
+_TOKENS_AROUND = 6  # <boi>, size, ratio, <timestep>, separator, <eoi>
 
 
 @dataclass(frozen=True)
@@ -59,32 +61,25 @@ def encode_pictures(
 
     `align` stretches a picture to its row of the table instead of cropping it (`infer_align_image_size`).
     """
-    settings = folder.config.vision
-    vae_weight, vision_weight = next(vae.parameters()), next(vision.parameters())
-    encoded = []
+    encoded: dict[str, EncodedPicture] = {}
+    keys = []
     for picture in pictures:
         check_cancelled()
-        size = size_of(picture)
-        resolution = folder.resolutions.row(folder.resolutions.nearest(*size))
-        fitted = fit_picture(picture, resolution.size, stretch=align)
-        pixels = to_vae_range(fitted)[None].to(vae_weight.device)
-        posterior = vae.encode(pixels, tile_size=tile_size, check_cancelled=check_cancelled)
-        seen = vision_patches(picture, max_num_patches=settings.max_num_patches, patch_size=settings.patch_size)
-        device = vision_weight.device
-        tokens = vision(seen.pixels[None].to(device), seen.mask[None].to(device), [seen.grid])[0]
-        digest = hashlib.sha256(fitted.numpy().tobytes())
-        digest.update(seen.pixels.numpy().tobytes())
-        encoded.append(
-            EncodedPicture(
-                size=size,
-                resolution=resolution,
-                vision_grid=seen.grid,
-                posterior=Posterior(posterior.mean.cpu(), posterior.logvar.cpu()),
-                tokens=tokens.cpu(),
-                key=f"{digest.hexdigest()[:32]}{'-stretched' if align else ''}",
-            )
+        keys.append(f"{picture.size} {hashlib.sha256(picture.tobytes()).hexdigest()}")
+        if keys[-1] not in encoded:  # the same picture twice is encoded once
+            encoded[keys[-1]] = _encode(folder, vae, vision, picture, align, tile_size, check_cancelled)
+    return tuple(encoded[key] for key in keys)
+
+
+def require_room_for(folder: ModelFolder, sizes: Sequence[ImageSize]) -> None:
+    """Raises RequestError if pictures of these sizes alone take more tokens than a sequence may have."""
+    table, patches = folder.resolutions, folder.config.vision.max_num_patches
+    grids = [table.row(table.nearest(*size)).grid for size in sizes]
+    tokens = sum(grid.height * grid.width + patches + _TOKENS_AROUND for grid in grids)
+    if tokens > folder.max_length:
+        raise RequestError(
+            f"{len(sizes)} input pictures take {tokens} tokens, the limit is {folder.max_length}. Use fewer pictures."
         )
-    return tuple(encoded)
 
 
 def show_pictures(
@@ -103,3 +98,33 @@ def show_pictures(
         drawn = hashlib.sha256(latent.cpu().numpy().tobytes()).hexdigest()[:16]
         shown.append(ShownPicture(latent, picture.tokens, f"{picture.key}/{drawn}"))
     return tuple(shown)
+
+
+def _encode(
+    folder: ModelFolder,
+    vae: AutoencoderKLConv3D,
+    vision: Vision,
+    picture: Image.Image,
+    align: bool,
+    tile_size: int | None,
+    check_cancelled: CheckCancelled,
+) -> EncodedPicture:
+    settings = folder.config.vision
+    size = size_of(picture)
+    resolution = folder.resolutions.row(folder.resolutions.nearest(*size))
+    fitted = fit_picture(picture, resolution.size, stretch=align)
+    pixels = to_vae_range(fitted)[None].to(next(vae.parameters()).device)
+    posterior = vae.encode(pixels, tile_size=tile_size, check_cancelled=check_cancelled)
+    seen = vision_patches(picture, max_num_patches=settings.max_num_patches, patch_size=settings.patch_size)
+    device = next(vision.parameters()).device
+    tokens = vision(seen.pixels[None].to(device), seen.mask[None].to(device), [seen.grid])[0]
+    digest = hashlib.sha256(fitted.numpy().tobytes())
+    digest.update(seen.pixels.numpy().tobytes())
+    return EncodedPicture(
+        size=size,
+        resolution=resolution,
+        vision_grid=seen.grid,
+        posterior=Posterior(posterior.mean.cpu(), posterior.logvar.cpu()),
+        tokens=tokens.cpu(),
+        key=f"{digest.hexdigest()[:32]}{'-stretched' if align else ''}",
+    )

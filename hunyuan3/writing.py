@@ -109,9 +109,14 @@ class WritingRun:
 
     @property
     def answer(self) -> str:
-        """The text of an answer, without the tags and tokens around it."""
-        drop = {self.folder.tokens.answer, self.folder.tokens.answer_end, self.folder.tokens.boi}
-        return self.folder.tokenizer.decode([token for token in self.ids if token not in drop]).strip()
+        """The text of an answer: what follows the thinking, if there was any, without control tokens around it."""
+        tokens = self.folder.tokens
+        drop = {tokens.answer, tokens.answer_end, tokens.boi, tokens.eoi, tokens.size, tokens.img, *tokens.ratios}
+        ids = self.ids
+        for closing in (tokens.think_end, tokens.recaption_end):
+            if closing in ids:
+                ids = ids[len(ids) - ids[::-1].index(closing) :]
+        return self.folder.tokenizer.decode([token for token in ids if token not in drop]).strip()
 
     @property
     def resolution(self) -> Resolution | None:

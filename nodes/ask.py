@@ -1,5 +1,6 @@
 """Hunyuan3Ask and Hunyuan3Continue: text answers, and pictures that join a conversation."""
 
+from ..hunyuan3.errors import RequestError
 from ..hunyuan3.text.template import Message
 from ..hunyuan3.writing import TextRequest, answering
 from .compat import io, schema
@@ -12,7 +13,7 @@ from .io_types import (
     PictureSet,
 )
 from .progress import NodeProgress
-from .writing import SYSTEM_PROMPTS, pictures_for, sampling_inputs, sampling_options, write
+from .writing import SYSTEM_PROMPTS, cut_off, pictures_for, sampling_inputs, sampling_options, write
 
 
 class Hunyuan3Ask(io.ComfyNode):
@@ -94,13 +95,13 @@ class Hunyuan3Ask(io.ComfyNode):
             seed=seed,
             max_new_tokens=max_new_tokens,
         )
-        answer = run.answer
-        progress.stream("done", answer)
-        progress.log(f"answered in {len(run.ids)} tokens")
+        answer, shown_text = run.answer, f"{run.answer}{cut_off(run)}"
+        progress.stream("done", shown_text)
+        progress.log(f"answered in {len(run.ids)} tokens{cut_off(run)}")
         turn = [Message("user", picture.in_template()) for picture in shown.pictures[len(earlier.pictures) :]]
         turn += [Message("user", prompt), Message("assistant", answer)]
         later = Conversation((*earlier.messages, *turn), shown.pictures, folder.fingerprint)
-        return io.NodeOutput(answer, later, ui={"text": [answer]})
+        return io.NodeOutput(answer, later, ui={"text": [shown_text]})
 
 
 class Hunyuan3Continue(io.ComfyNode):
@@ -131,6 +132,8 @@ class Hunyuan3Continue(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelHandle, conversation: Conversation, images: PictureSet) -> io.NodeOutput:
+        if not images.pictures:
+            raise RequestError("images holds no picture; connect the drawn one through Hunyuan3 Image Conditioning.")
         shown, earlier = pictures_for(model, images, conversation)
         drawn = [Message("assistant", picture.in_template()) for picture in images.pictures]
         return io.NodeOutput(Conversation((*earlier.messages, *drawn), shown.pictures, model.model.folder.fingerprint))

@@ -1,5 +1,6 @@
 """Hunyuan3Conditioning: what to draw."""
 
+from ..hunyuan3.text.trace import task_of
 from .compat import io, schema
 from .io_types import (
     Conversation,
@@ -117,6 +118,7 @@ class Hunyuan3Conditioning(io.ComfyNode):
             system_prompt=system_prompt,
             custom_system_prompt=custom_system_prompt,
             trace=trace,
+            bot_task=task_of(trace),
             pictures=shown.pictures,
             posterior=shown.posterior,
             history=earlier.messages,

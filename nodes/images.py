@@ -2,16 +2,19 @@
 
 import torch
 
+from ..hunyuan3.errors import RequestError
+from ..hunyuan3.pictures import require_room_for
 from ..hunyuan3.placement.estimate import decode_bytes
+from ..hunyuan3.types import ImageSize
 from .compat import io, require_choice, schema
 from .convert import pictures_of
 from .io_types import HunyuanImages, HunyuanModel, ModelHandle, PictureSet
 from .memory import bring_to_device
 from .progress import NodeProgress, check_cancelled
+from .writing import TRAINED_FOR
 
 _SOCKETS = tuple(f"image_{index}" for index in range(1, 7))
 POSTERIORS = ("fixed", "reference")
-_TRAINED_FOR = 3
 
 
 class Hunyuan3ImageConditioning(io.ComfyNode):
@@ -69,15 +72,16 @@ class Hunyuan3ImageConditioning(io.ComfyNode):
             if images.get(socket) is not None
             for picture in pictures_of(images[socket], socket)
         ]
+        if not pictures:
+            raise RequestError("No picture is connected: connect at least image_1, or leave this node out.")
         progress = NodeProgress(cls.hidden.unique_id)
         core = model.model
-        if pictures:
-            largest = max((core.folder.resolutions.rows), key=lambda size: size.height * size.width)
-            work = decode_bytes(core.folder.config.vae, *largest, core.options.vae_dtype)
-            bring_to_device(model.vae, work, progress)
-            bring_to_device(model.vision, work, progress)
+        require_room_for(core.folder, [ImageSize(picture.height, picture.width) for picture in pictures])
+        largest = max(core.folder.resolutions.rows, key=lambda size: size.height * size.width)
+        work = decode_bytes(core.folder.config.vae, *largest, core.options.vae_dtype)
+        bring_to_device((model.vae, model.vision), work, progress)
         progress.text(f"encode {len(pictures)} pictures")
-        encoded = core.encode_pictures(pictures, align=align, check_cancelled=check_cancelled) if pictures else ()
-        warning = f" (trained for up to {_TRAINED_FOR})" if len(encoded) > _TRAINED_FOR else ""
+        encoded = core.encode_pictures(pictures, align=align, check_cancelled=check_cancelled)
+        warning = f" (trained for up to {TRAINED_FOR})" if len(encoded) > TRAINED_FOR else ""
         progress.report(f"{len(encoded)} pictures{warning}")
         return io.NodeOutput(PictureSet(encoded, align, posterior, core.folder.fingerprint))

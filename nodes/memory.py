@@ -1,7 +1,7 @@
 """The networks as ComfyUI's memory manager sees them: counted, loaded and evicted by it, each alone."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import comfy.model_management as mm
 import torch
@@ -80,7 +80,7 @@ class PartPatcher(ModelPatcher):
             self.placed.load(progress=self.progress, check_cancelled=mm.throw_exception_if_processing_interrupted)
         except BaseException:
             # The manager does not list a part whose loading failed, so nobody would ever evict what is there already.
-            self._give_up_kept()
+            self.give_up_kept()
             self.placed.unload(host_has_room=_host_has_room)
             raise
         finally:
@@ -91,7 +91,7 @@ class PartPatcher(ModelPatcher):
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
     ) -> int:
         """Gives up kept prompts, then whole layers until `memory_to_free` bytes are free; returns the bytes freed."""
-        freed = self._give_up_kept()
+        freed = self.give_up_kept()
         if freed < memory_to_free:
             freed += self.placed.unload(int(memory_to_free) - freed, _host_has_room)
         self._tell_model()
@@ -102,7 +102,7 @@ class PartPatcher(ModelPatcher):
         """Evicts everything if `unpatch_all`; the manager also calls this with False merely to re-list a part."""
         self.eject_model()
         if unpatch_all:
-            self._give_up_kept()
+            self.give_up_kept()
             self.placed.unload(host_has_room=_host_has_room)
             self._tell_model()
         return self.model
@@ -126,20 +126,32 @@ class PartPatcher(ModelPatcher):
     def _kept_bytes(self) -> int:
         return 0 if self.prefixes is None else self.prefixes.nbytes
 
-    def _give_up_kept(self) -> int:
+    def give_up_kept(self) -> int:
+        """Drops the kept prompts; returns the bytes freed."""
         return 0 if self.prefixes is None else self.prefixes.clear()
 
     def _tell_model(self) -> None:
         self.model.model_loaded_weight_memory = self.loaded_size()
 
 
-def bring_to_device(part: PartPatcher, memory_required: int, progress: Callable[[str, int, int], None]) -> None:
-    """Has the memory manager load a part, with so many bytes to spare for the work, evicting other models if needed."""
-    part.progress = progress
+def bring_to_device(
+    parts: PartPatcher | Sequence[PartPatcher], memory_required: int, progress: Callable[[str, int, int], None]
+) -> None:
+    """Has the memory manager load parts together, with so many bytes to spare for the work, evicting others if needed.
+
+    Kept prompts are given up where the room is still too small: the manager never evicts from what it is asked to load.
+    """
+    parts = [parts] if isinstance(parts, PartPatcher) else list(parts)
+    for part in parts:
+        part.progress = progress
     try:
-        mm.load_models_gpu([part], memory_required=memory_required)
+        mm.load_models_gpu(parts, memory_required=memory_required)
     finally:
-        part.progress = no_progress
+        for part in parts:
+            part.progress = no_progress
+    for part in parts:
+        if mm.get_free_memory(part.load_device) < memory_required and part.give_up_kept():
+            mm.soft_empty_cache()
 
 
 def most_free_memory(device: torch.device) -> float:

@@ -2,11 +2,11 @@
 
 from ..hunyuan3.text.template import Message
 from ..hunyuan3.text.trace import close_trace, recaption_body, think_body
-from ..hunyuan3.writing import TextRequest, WritingRun, choosing_ratio, thinking
+from ..hunyuan3.writing import TextRequest, choosing_ratio, thinking
 from .compat import io, require_choice, schema
 from .io_types import Conversation, HunyuanConversation, HunyuanImages, HunyuanModel, ModelHandle, PictureSet
 from .progress import NodeProgress
-from .writing import SYSTEM_PROMPTS, pictures_for, sampling_inputs, sampling_options, write
+from .writing import SYSTEM_PROMPTS, cut_off, pictures_for, sampling_inputs, sampling_options, write
 
 _TASKS = ["think_recaption", "recaption", "think", "img_ratio"]
 
@@ -114,9 +114,10 @@ class Hunyuan3Think(io.ComfyNode):
         )
         trace = "" if only_ratio else close_trace(run.trace)
         size = run.resolution.size
-        text = f"{trace}\n\n{size.width}x{size.height}{_cut_off(run)}".strip()
+        remark = cut_off(run, "the model ended its text early")
+        text = f"{trace}\n\n{size.width}x{size.height}{remark}".strip()
         progress.stream("done", text)
-        progress.log(f"thought {len(run.ids)} tokens, {size.width}x{size.height}{_cut_off(run)}")
+        progress.log(f"thought {len(run.ids)} tokens, {size.width}x{size.height}{remark}")
         turn = [Message("user", picture.in_template()) for picture in shown.pictures[len(earlier.pictures) :]]
         turn.append(Message("user", prompt))
         if trace:
@@ -125,10 +126,3 @@ class Hunyuan3Think(io.ComfyNode):
         return io.NodeOutput(
             think_body(trace), recaption_body(trace), trace, size.width, size.height, later, ui={"text": [text]}
         )
-
-
-def _cut_off(run: WritingRun) -> str:
-    """What to say of a pass that did not end by itself; "" if it did."""
-    if run.finish == "length":
-        return " (cut off by max_new_tokens: raise it for the whole text)"
-    return " (the model ended its text early)" if run.finish == "end_of_text" else ""

@@ -1,5 +1,6 @@
 """What the nodes that write text share: their inputs, and one text pass with its progress."""
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -14,8 +15,10 @@ from .io_types import Conversation, ModelHandle, PictureSet
 from .memory import bring_to_device
 from .progress import NodeProgress, check_cancelled
 
+_log = logging.getLogger(__name__)
 _INTERVAL = 0.1  # seconds between two updates of the text on the node
 
+TRAINED_FOR = 3  # input pictures
 SAMPLINGS = ("checkpoint", "greedy", "custom")
 SYSTEM_PROMPTS = ["auto", *CHOICES]
 
@@ -82,6 +85,9 @@ def pictures_for(
             raise RequestError(f"{name} was made with another checkpoint than {model.name}. Connect the same model.")
     images = images or PictureSet((), False, "fixed", fingerprint)
     conversation = conversation or Conversation((), (), fingerprint)
+    count = len(conversation.pictures) + len(images.pictures)
+    if count > TRAINED_FOR:
+        _log.warning("Hunyuan Image 3: %d input pictures; the model was trained with up to %d.", count, TRAINED_FOR)
     together = PictureSet((*conversation.pictures, *images.pictures), images.align, images.posterior, fingerprint)
     return together, conversation
 
@@ -124,3 +130,10 @@ def write(
             last = now
             progress.stream(step.stage, show(run, step.stage))
     return run
+
+
+def cut_off(run: WritingRun, at_end_of_text: str = "") -> str:
+    """What to say of a pass that did not end by itself; "" if it did. `at_end_of_text`: where that is too early."""
+    if run.finish == "length":
+        return " (cut off by max_new_tokens: raise it for the whole text)"
+    return f" ({at_end_of_text})" if run.finish == "end_of_text" and at_end_of_text else ""

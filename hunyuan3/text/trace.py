@@ -58,6 +58,16 @@ def recaption_only(trace: str) -> str:
     return RECAPTION[0] + body + RECAPTION[1]
 
 
+def task_of(trace: str) -> str:
+    """The task that writes a trace like this: what a "dynamic" system prompt goes by. "image" for none."""
+    thinks, rewrites = THINK[0] in trace, RECAPTION[0] in trace
+    if thinks and rewrites:
+        return "think_recaption"
+    if thinks:
+        return "think"
+    return "recaption" if rewrites or trace.strip() else "image"
+
+
 def think_body(trace: str) -> str:
     """What stands between the think tags, "" without them; up to the end if the tag was left open."""
     return _body(trace, THINK)
