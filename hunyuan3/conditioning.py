@@ -9,7 +9,7 @@ from .image.resolution import Resolution
 from .pictures import EncodedPicture, PosteriorMode
 from .text.sequence import REFERENCE, SAFE, ControlTokens, conditional_pair, full_attention_spans, rope_grids
 from .text.template import InputPicture, Message, OutputPicture, request_messages
-from .text.trace import close_trace, is_complete
+from .text.trace import close_trace, is_complete, recaption_only, thinks
 from .types import ImageSize, TokenSequence
 
 
@@ -72,6 +72,7 @@ def make_conditioning(
             f"{resolution.grid.height * resolution.grid.width} tokens, the limit is {folder.max_length}. "
             "Choose a smaller size."
         )
+    given = system is not None
     if system is None:
         system = system_text(folder, system_prompt, custom_system_prompt, bot_task, reference)
     if not trace.strip():
@@ -80,6 +81,8 @@ def make_conditioning(
         trace = close_trace(trace)
         if not is_complete(trace):
             trace = f"<recaption>{trace}</recaption>"
+        # A system prompt in the user's own words stays; the reference would replace it, too.
+        trace, system = drawable(folder, trace, system, keep_system=given or system_prompt == "custom")
     messages = conversation(prompt, system, pictures, trace, history)
     messages = (*messages, Message("assistant", OutputPicture(grid=resolution.grid, ratio=resolution.ratio)))
     sections = folder.template.image_sections(messages, drop_think=folder.generation.drop_think)
@@ -100,6 +103,19 @@ def system_text(folder: ModelFolder, choice: str, custom: str, bot_task: str, re
     return folder.system_prompts.for_request(choice, bot_task, custom, reference)
 
 
+def drawable(folder: ModelFolder, trace: str, system: str, keep_system: bool = False) -> tuple[str, str]:
+    """(trace, system prompt) to draw with: under `drop_think` only the rewrite of a trace that thinks is kept.
+
+    One that has no rewrite then gives none. The system prompt, if there is one, becomes the one for rewriting, as the
+    reference does (unstripped), unless `keep_system`.
+    """
+    if not folder.generation.drop_think or not thinks(trace):
+        return trace, system
+    if system and not keep_system:
+        system = folder.system_prompts.text("en_recaption")
+    return recaption_only(trace), system
+
+
 def control_tokens(system_prompt: str, reference: bool) -> ControlTokens:
     """Which control tokens each text of a request may hold."""
     if reference:
@@ -113,6 +129,13 @@ def conversation(
 ) -> tuple[Message, ...]:
     """All messages so far: system text, earlier turns, then this turn's pictures, prompt and trace."""
     shown_before = sum(isinstance(message.content, InputPicture) for message in history)
+    if shown_before > len(pictures):
+        raise RequestError(
+            f"The conversation shows {shown_before} pictures, but only {len(pictures)} are given; `pictures` must hold "
+            "those of the history first, then this turn's."
+        )
+    if history and history[-1].role == "user" and isinstance(history[-1].content, str):
+        prompt = f"\n{prompt}"  # nothing was answered: both texts stand in one turn
     fresh = [picture.in_template() for picture in pictures[shown_before:]]
     turn = request_messages(prompt, system=system if not history else "", pictures=fresh, trace=trace)
     opening = (Message("system", system),) if history and system else ()

@@ -17,7 +17,6 @@ from .image.resolution import Resolution
 from .pictures import EncodedPicture, show_pictures
 from .text.sequence import build_sequence
 from .text.template import Message
-from .text.trace import recaption_only
 from .transformer.model import Hunyuan3Transformer
 
 
@@ -168,16 +167,3 @@ def default_sampling(folder: ModelFolder) -> SamplingOptions:
     """The checkpoint's own sampling settings."""
     own = folder.generation
     return SamplingOptions(own.do_sample, own.temperature, own.top_k, own.top_p, own.repetition_penalty)
-
-
-def drawable(folder: ModelFolder, trace: str, system: str) -> tuple[str, str]:
-    """(trace, system prompt) to draw with after thinking: under `drop_think` only the rewrite is kept.
-
-    A trace that has no rewrite then gives none. The system prompt, if there is one, becomes the one for rewriting, as
-    the reference does (unstripped).
-    """
-    if not folder.generation.drop_think or "<think>" not in trace:
-        return trace, system
-    kept = recaption_only(trace)
-    kept = "" if "<think>" in kept else kept
-    return kept, folder.system_prompts.text("en_recaption") if system else ""

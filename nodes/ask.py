@@ -12,8 +12,9 @@ from .io_types import (
     ModelHandle,
     PictureSet,
 )
+from .png import note_in_png
 from .progress import NodeProgress
-from .writing import SYSTEM_PROMPTS, cut_off, pictures_for, sampling_inputs, sampling_options, write
+from .writing import cut_off, pictures_for, reading_inputs, sampling_inputs, sampling_options, used_by, write
 
 
 class Hunyuan3Ask(io.ComfyNode):
@@ -31,22 +32,7 @@ class Hunyuan3Ask(io.ComfyNode):
                 HunyuanModel.Input("model", tooltip="From the Hunyuan3 Loader (Instruct or Instruct-Distil)."),
                 io.String.Input("prompt", multiline=True, default="", tooltip="The question."),
                 *sampling_inputs(),
-                HunyuanImages.Input("images", optional=True, tooltip="From Hunyuan3 Image Conditioning."),
-                HunyuanConversation.Input("conversation", optional=True, tooltip="Earlier turns, to go on from."),
-                io.Combo.Input(
-                    "system_prompt",
-                    options=SYSTEM_PROMPTS,
-                    default="auto",
-                    optional=True,
-                    tooltip="Instruction before the conversation; 'auto': the checkpoint's own default.",
-                ),
-                io.String.Input(
-                    "custom_system_prompt",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    tooltip="Your own system prompt, used when system_prompt is 'custom'.",
-                ),
+                *reading_inputs("Instruction before the conversation; 'auto': the checkpoint's own default."),
             ],
             outputs=[
                 io.String.Output("answer", display_name="answer", tooltip="The answer."),
@@ -54,7 +40,7 @@ class Hunyuan3Ask(io.ComfyNode):
                     "conversation_out", display_name="conversation", tooltip="With this turn added, for the next one."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -94,13 +80,15 @@ class Hunyuan3Ask(io.ComfyNode):
             sampling=sampling_options(sampling, temperature, top_k, top_p, repetition_penalty),
             seed=seed,
             max_new_tokens=max_new_tokens,
+            posterior=shown.posterior,
         )
         answer, shown_text = run.answer, f"{run.answer}{cut_off(run)}"
         progress.stream("done", shown_text)
         progress.log(f"answered in {len(run.ids)} tokens{cut_off(run)}")
+        note_in_png(cls.hidden.extra_pnginfo, cls.hidden.unique_id, used_by(model, run, seed, answer))
         turn = [Message("user", picture.in_template()) for picture in shown.pictures[len(earlier.pictures) :]]
         turn += [Message("user", prompt), Message("assistant", answer)]
-        later = Conversation((*earlier.messages, *turn), shown.pictures, folder.fingerprint)
+        later = Conversation((*earlier.messages, *turn), shown.pictures, folder.fingerprint, shown.posterior)
         return io.NodeOutput(answer, later, ui={"text": [shown_text]})
 
 
@@ -136,4 +124,5 @@ class Hunyuan3Continue(io.ComfyNode):
             raise RequestError("images holds no picture; connect the drawn one through Hunyuan3 Image Conditioning.")
         shown, earlier = pictures_for(model, images, conversation)
         drawn = [Message("assistant", picture.in_template()) for picture in images.pictures]
-        return io.NodeOutput(Conversation((*earlier.messages, *drawn), shown.pictures, model.model.folder.fingerprint))
+        later = (*earlier.messages, *drawn)
+        return io.NodeOutput(Conversation(later, shown.pictures, images.checkpoint, images.posterior))

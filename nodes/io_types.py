@@ -48,8 +48,9 @@ class PictureSet:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Earlier turns, and the pictures in them, in order."""
+    """Earlier turns, and the pictures in them, in order. posterior: how the pictures' latents are drawn."""
 
     messages: tuple[Message, ...]
     pictures: tuple[EncodedPicture, ...]
     checkpoint: str
+    posterior: PosteriorMode = "fixed"

@@ -50,7 +50,9 @@ class NodeProgress:
         self.text(text or stage)
         server = getattr(PromptServer, "instance", None)
         if server is not None and self.node_id is not None:
-            server.send_sync(TEXT_EVENT, {"node": self.node_id, "stage": stage, "text": text}, server.client_id)
+            prompt_id = getattr(server, "last_prompt_id", None)
+            told = {"prompt_id": prompt_id, "node": self.node_id, "stage": stage, "text": text}
+            server.send_sync(TEXT_EVENT, told, server.client_id)
 
     def log(self, text: str) -> None:
         """Writes a line to the log."""

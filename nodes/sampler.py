@@ -12,6 +12,7 @@ from ..hunyuan3.run import SamplingRun
 from .compat import io, require_choice, schema
 from .io_types import HunyuanConditioning, HunyuanModel, HunyuanStepCache, ModelHandle
 from .memory import bring_to_device
+from .png import note_in_png
 from .preview import PREVIEW_MODES, previewer_for
 from .progress import NodeProgress, check_cancelled
 from .vae import require_room_to_decode
@@ -177,7 +178,7 @@ class Hunyuan3Sampler(io.ComfyNode):
             progress.step("draw", step.step + 1, step.steps, picture)
         info = describe(model, run)
         progress.report(info)
-        _note_in_png(cls.hidden.extra_pnginfo, cls.hidden.unique_id, model, run)
+        note_in_png(cls.hidden.extra_pnginfo, cls.hidden.unique_id, used_by(model, run))
         return io.NodeOutput({"samples": run.latents}, info, ui={"text": [info]})
 
 
@@ -202,14 +203,8 @@ def describe(model: ModelHandle, run: SamplingRun) -> str:
     return ", ".join(parts)
 
 
-def _note_in_png(extra_pnginfo: dict[str, Any] | None, node_id: str, model: ModelHandle, run: SamplingRun) -> None:
-    """Adds what was used to what ComfyUI writes into PNG files, under "hunyuan3", by sampler.
-
-    The page always sends that dictionary; a client of the HTTP API that sends none gets what the core writes.
-    """
-    if extra_pnginfo is None:
-        return
+def used_by(model: ModelHandle, run: SamplingRun) -> dict[str, Any]:
+    """What a run used, for the PNG file."""
     used = asdict(run.settings) | {"width": run.conditioning.size.width, "height": run.conditioning.size.height}
     used |= {"checkpoint": model.name, "variant": model.model.folder.variant, "format": model.model.options.format}
-    used |= {"prompt": run.conditioning.prompt, "trace": run.conditioning.trace}
-    extra_pnginfo.setdefault("hunyuan3", {})[str(node_id)] = used
+    return used | {"prompt": run.conditioning.prompt, "trace": run.conditioning.trace}

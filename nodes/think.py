@@ -4,9 +4,10 @@ from ..hunyuan3.text.template import Message
 from ..hunyuan3.text.trace import close_trace, recaption_body, think_body
 from ..hunyuan3.writing import TextRequest, choosing_ratio, thinking
 from .compat import io, require_choice, schema
-from .io_types import Conversation, HunyuanConversation, HunyuanImages, HunyuanModel, ModelHandle, PictureSet
+from .io_types import Conversation, HunyuanConversation, HunyuanModel, ModelHandle, PictureSet
+from .png import note_in_png
 from .progress import NodeProgress
-from .writing import SYSTEM_PROMPTS, cut_off, pictures_for, sampling_inputs, sampling_options, write
+from .writing import cut_off, pictures_for, reading_inputs, sampling_inputs, sampling_options, used_by, write
 
 _TASKS = ["think_recaption", "recaption", "think", "img_ratio"]
 
@@ -39,22 +40,7 @@ class Hunyuan3Think(io.ComfyNode):
                     ),
                 ),
                 *sampling_inputs(),
-                HunyuanImages.Input("images", optional=True, tooltip="From Hunyuan3 Image Conditioning."),
-                HunyuanConversation.Input("conversation", optional=True, tooltip="Earlier turns, to go on from."),
-                io.Combo.Input(
-                    "system_prompt",
-                    options=SYSTEM_PROMPTS,
-                    default="auto",
-                    optional=True,
-                    tooltip="As in Hunyuan3 Conditioning; use the same choice in both.",
-                ),
-                io.String.Input(
-                    "custom_system_prompt",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    tooltip="Your own system prompt, used when system_prompt is 'custom'.",
-                ),
+                *reading_inputs("As in Hunyuan3 Conditioning; use the same choice in both."),
             ],
             outputs=[
                 io.String.Output("thinking", display_name="thinking", tooltip="What it thought."),
@@ -66,7 +52,7 @@ class Hunyuan3Think(io.ComfyNode):
                     "conversation_out", display_name="conversation", tooltip="With this turn added, for the next one."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -111,6 +97,7 @@ class Hunyuan3Think(io.ComfyNode):
             sampling=sampling_options(sampling, temperature, top_k, top_p, repetition_penalty),
             seed=seed,
             max_new_tokens=max_new_tokens,
+            posterior=shown.posterior,
         )
         trace = "" if only_ratio else close_trace(run.trace)
         size = run.resolution.size
@@ -118,11 +105,12 @@ class Hunyuan3Think(io.ComfyNode):
         text = f"{trace}\n\n{size.width}x{size.height}{remark}".strip()
         progress.stream("done", text)
         progress.log(f"thought {len(run.ids)} tokens, {size.width}x{size.height}{remark}")
+        note_in_png(cls.hidden.extra_pnginfo, cls.hidden.unique_id, used_by(model, run, seed, trace))
         turn = [Message("user", picture.in_template()) for picture in shown.pictures[len(earlier.pictures) :]]
         turn.append(Message("user", prompt))
         if trace:
             turn.append(Message("assistant", trace))
-        later = Conversation((*earlier.messages, *turn), shown.pictures, folder.fingerprint)
+        later = Conversation((*earlier.messages, *turn), shown.pictures, folder.fingerprint, shown.posterior)
         return io.NodeOutput(
             think_body(trace), recaption_body(trace), trace, size.width, size.height, later, ui={"text": [text]}
         )

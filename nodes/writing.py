@@ -3,15 +3,18 @@
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ..hunyuan3.errors import RequestError
+from ..hunyuan3.generate.noise import reference_generators
 from ..hunyuan3.generate.sampling import SamplingOptions
 from ..hunyuan3.generate.stages import StagePlan
+from ..hunyuan3.pictures import PosteriorMode
 from ..hunyuan3.placement.estimate import sampling_bytes
 from ..hunyuan3.text.system_prompts import CHOICES
 from ..hunyuan3.writing import TextRequest, WritingRun
 from .compat import io, require_choice
-from .io_types import Conversation, ModelHandle, PictureSet
+from .io_types import Conversation, HunyuanConversation, HunyuanImages, ModelHandle, PictureSet
 from .memory import bring_to_device
 from .progress import NodeProgress, check_cancelled
 
@@ -60,6 +63,24 @@ def sampling_inputs() -> list[io.Input]:
     ]
 
 
+def reading_inputs(about_system_prompt: str) -> list[io.Input]:
+    """What a text is written about besides the prompt, alike on every node that writes."""
+    return [
+        HunyuanImages.Input("images", optional=True, tooltip="From Hunyuan3 Image Conditioning."),
+        HunyuanConversation.Input("conversation", optional=True, tooltip="Earlier turns, to go on from."),
+        io.Combo.Input(
+            "system_prompt", options=SYSTEM_PROMPTS, default="auto", optional=True, tooltip=about_system_prompt
+        ),
+        io.String.Input(
+            "custom_system_prompt",
+            multiline=True,
+            default="",
+            optional=True,
+            tooltip="Your own system prompt, used when system_prompt is 'custom'.",
+        ),
+    ]
+
+
 def sampling_options(
     sampling: str, temperature: float, top_k: int, top_p: float, repetition_penalty: float
 ) -> SamplingOptions | None:
@@ -83,8 +104,8 @@ def pictures_for(
     for name, value in (("images", images), ("conversation", conversation)):
         if value is not None and value.checkpoint != fingerprint:
             raise RequestError(f"{name} was made with another checkpoint than {model.name}. Connect the same model.")
-    images = images or PictureSet((), False, "fixed", fingerprint)
     conversation = conversation or Conversation((), (), fingerprint)
+    images = images or PictureSet((), False, conversation.posterior, fingerprint)
     count = len(conversation.pictures) + len(images.pictures)
     if count > TRAINED_FOR:
         _log.warning("Hunyuan Image 3: %d input pictures; the model was trained with up to %d.", count, TRAINED_FOR)
@@ -102,12 +123,15 @@ def write(
     sampling: SamplingOptions | None,
     seed: int,
     max_new_tokens: int,
+    posterior: PosteriorMode,
 ) -> WritingRun:
     """Runs one text pass on a node: weights, streaming text, Cancel between layers and tokens.
 
-    `show(run, stage)` is the text to show so far.
+    `show(run, stage)` is the text to show so far. `posterior`: how the input pictures' latents are drawn; "reference"
+    draws them from this pass's own seed.
     """
     core = model.model
+    device = core.options.device
     run = WritingRun(
         core.folder,
         core.placed_transformer.module,
@@ -118,7 +142,8 @@ def write(
         max_new_tokens=max_new_tokens,
         prefixes=core.prefixes,
         check_cancelled=check_cancelled,
-        device=core.options.device,
+        device=device,
+        picture_generator=reference_generators(seed, 1, device)[0] if posterior == "reference" else None,
     )
     length = len(run.sequence.sequence) + (max_new_tokens or core.folder.generation.max_new_tokens)
     bring_to_device(model.transformer, sampling_bytes(core.folder.config, 1, length, core.options.dtype), progress)
@@ -130,6 +155,20 @@ def write(
             last = now
             progress.stream(step.stage, show(run, step.stage))
     return run
+
+
+def used_by(model: ModelHandle, run: WritingRun, seed: int, text: str) -> dict[str, Any]:
+    """What a text pass used and wrote, for the PNG file."""
+    return {
+        "seed": seed,
+        "prompt": run.request.prompt,
+        "text": text,
+        "tokens": len(run.ids),
+        "ended": run.finish,
+        "checkpoint": model.name,
+        "variant": model.model.folder.variant,
+        "format": model.model.options.format,
+    }
 
 
 def cut_off(run: WritingRun, at_end_of_text: str = "") -> str:

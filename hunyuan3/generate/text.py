@@ -78,9 +78,13 @@ class TextPass:
         self.ids: list[int] = []
         self.finish: Finish | None = None
         self.ratio: int | None = None
+        self._started = False
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[TextStep]:
+        if self._started:
+            raise RuntimeError("A text pass writes once; make another one to write again.")
+        self._started = True
         plan, writer = self.plan, _Writer(self)
         logits = writer.prefill()
         stage, unused = plan.first_stage, dict(plan.forced)

@@ -39,23 +39,31 @@ def split_trace(trace: str, drop_think: bool = False) -> tuple[TracePart, ...]:
 
 
 def close_trace(trace: str) -> str:
-    """Adds the closing tag that a trace lacks because the token budget ran out.
+    """Adds the closing tags that a trace lacks, because the token budget ran out or a hand deleted them.
 
     The reference leaves it open, which wraps the whole text in answer tags and replaces even the tags in the
-    unconditional branch: the picture then hardly follows it.
+    unconditional branch: the picture then hardly follows it. A think tag inside a rewrite is one of its words.
     """
+    thinking, rewrite, rest = trace.partition(RECAPTION[0])
+    if rewrite and THINK[1] not in rest:
+        if thinking.rfind(THINK[0]) > thinking.rfind(THINK[1]):
+            thinking += THINK[1]
+        return thinking + rewrite + rest + ("" if RECAPTION[1] in rest else RECAPTION[1])
     for opening, closing in (RECAPTION, THINK):
         if trace.rfind(opening) > trace.rfind(closing):
             return trace + closing
     return trace
 
 
+def thinks(trace: str) -> bool:
+    """Whether the trace holds a think part, which may be open at its end."""
+    return _pair(trace, THINK) is not None or trace.lstrip().startswith(THINK[0])
+
+
 def recaption_only(trace: str) -> str:
-    """The recaption pair alone where a think pair comes with it, else the trace as it is (the drop_think switch)."""
+    """The recaption pair alone, "" where there is none (what the drop_think switch keeps of a trace that thinks)."""
     body = _pair(trace, RECAPTION)
-    if body is None or _pair(trace, THINK) is None:
-        return trace
-    return RECAPTION[0] + body + RECAPTION[1]
+    return "" if body is None else RECAPTION[0] + body + RECAPTION[1]
 
 
 def task_of(trace: str) -> str:

@@ -2,7 +2,7 @@ import pytest
 
 from hunyuan3.errors import RequestError
 from hunyuan3.text.template import TEMPLATES, InputPicture, Message, OutputPicture, TextSection, request_messages
-from hunyuan3.text.trace import close_trace, recaption_only, split_trace
+from hunyuan3.text.trace import close_trace, recaption_only, split_trace, thinks
 from hunyuan3.types import Grid
 from tests.core.golden_requests import Checkpoint, checkpoint_name, template_rows, template_sections
 
@@ -97,6 +97,13 @@ def test_a_truncated_trace_is_treated_like_plain_text_unless_closed_first():
         ("<think>a", "<think>a</think>"),
         ("<think>a</think><recaption>b", "<think>a</think><recaption>b</recaption>"),
         (FULL_TRACE, FULL_TRACE),
+        ("<think>a<recaption>b</recaption>", "<think>a</think><recaption>b</recaption>"),
+        ("<think>a<recaption>b", "<think>a</think><recaption>b</recaption>"),
+        ("<recaption>a sign that says <think></recaption>", "<recaption>a sign that says <think></recaption>"),
+        (
+            "<think>next is <recaption></think><recaption>b",
+            "<think>next is <recaption></think><recaption>b</recaption>",
+        ),
         ("plain", "plain"),
         ("", ""),
     ],
@@ -132,10 +139,24 @@ def test_dropping_the_think_part_keeps_the_rest():
     assert "<recaption>" in texts(INSTRUCT.image_sections(messages, drop_think=True))
 
 
-def test_recaption_only_cuts_a_think_part_that_has_a_recaption():
+def test_recaption_only_leaves_the_rewrite_alone():
     assert recaption_only(FULL_TRACE) == "<recaption>fox</recaption>"
-    for trace in ("<think>a</think>", "x<recaption>a</recaption>", "plain", ""):
-        assert recaption_only(trace) == trace
+    assert recaption_only("x<recaption>a</recaption>") == "<recaption>a</recaption>"
+    for trace in ("<think>a</think>", "plain", ""):
+        assert recaption_only(trace) == ""
+
+
+@pytest.mark.parametrize(
+    ("trace", "does"),
+    [
+        (FULL_TRACE, True),
+        ("<think>a", True),
+        ("<recaption>a sign that says <think></recaption>", False),
+        ("plain", False),
+    ],
+)
+def test_whether_a_trace_thinks(trace, does):
+    assert thinks(trace) == does
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hunyuan3.conditioning import make_conditioning, system_text
+from hunyuan3.conditioning import drawable, make_conditioning, system_text
 from hunyuan3.errors import RequestError
 from hunyuan3.generate.sampling import TokenSampler
 from hunyuan3.pipeline import Hunyuan3
-from hunyuan3.text.template import Message
-from hunyuan3.writing import TextRequest, WritingRun, answering, choosing_ratio, drawable, text_rows, thinking
+from hunyuan3.text.template import InputPicture, Message
+from hunyuan3.types import Grid
+from hunyuan3.writing import TextRequest, WritingRun, answering, choosing_ratio, text_rows, thinking
 
 VARIANTS = ["base", "instruct", "distil"]
 HARD = {
@@ -228,7 +229,7 @@ def test_history_comes_between_system_prompt_and_prompt(models):
     request = TextRequest("third", system_prompt="custom", custom_system_prompt="sys", history=history)
     text = folder.tokenizer.decode(text_rows(folder, request, answering(folder)).sequence.ids)
     assert text == (
-        "<|startoftext|>sys\n\nUser: first\n\nAssistant: <answer>answer</answer>\n\nUser: secondthird\n\nAssistant: "
+        "<|startoftext|>sys\n\nUser: first\n\nAssistant: <answer>answer</answer>\n\nUser: second\nthird\n\nAssistant: "
     )
 
 
@@ -272,12 +273,31 @@ def test_without_drop_think_everything_stays(models, trace):
 @pytest.mark.parametrize(
     ("trace", "as_if"), [(BOTH, "<recaption>b</recaption>"), ("<think>a</think>", ""), ("<think>a", "")]
 )
-def test_drop_think_drops_the_thoughts_of_any_trace_that_is_drawn_from(dropping, trace, as_if):
+@pytest.mark.parametrize(("choice", "becomes"), [("en_unified", "en_recaption"), ("None", ""), ("custom", "mine")])
+def test_drop_think_drops_the_thoughts_of_any_trace_that_is_drawn_from(dropping, trace, as_if, choice, becomes):
     size = dropping.resolutions.free(32, 32)
-    dropped = make_conditioning(dropping, "a fox", size, trace=trace).rows.sequence.ids
-    expected = make_conditioning(dropping, "a fox", size, trace=as_if).rows.sequence.ids
+    texts = {"system_prompt": choice, "custom_system_prompt": "mine"}
+    dropped = make_conditioning(dropping, "a fox", size, trace=trace, **texts).rows.sequence.ids
+    system = dropping.system_prompts.text(becomes) if becomes == "en_recaption" else becomes
+    expected = make_conditioning(dropping, "a fox", size, trace=as_if, system=system).rows.sequence.ids
     assert count(dropping, dropped, "<think>") == 0
     assert dropped == expected
+
+
+def test_a_history_whose_pictures_are_not_given_is_refused(models):
+    folder = models["instruct"].folder
+    picture = InputPicture(0, Grid(2, 2), Grid(2, 2), 4)
+    request = TextRequest("third", history=(Message("user", picture),))
+    with pytest.raises(RequestError, match="shows 1 pictures, but only 0 are given"):
+        text_rows(folder, request, answering(folder))
+
+
+def test_a_pass_writes_once(models):
+    model = models["instruct"]
+    run = model.write(TextRequest("a"), answering(model.folder), max_new_tokens=2)
+    list(run)
+    with pytest.raises(RuntimeError, match="once"):
+        list(run)
 
 
 def test_the_system_prompt_of_a_request(models):

@@ -57,7 +57,7 @@ class Opened:
         pipeline = submodule(pack, "hunyuan3.pipeline")
         self.memory = submodule(pack, "nodes.memory")
         self.core = pipeline.Hunyuan3.open(folder, device=CARD, dtype="float32", vae_dtype="float32")
-        self.transformer = self.memory.PartPatcher.of(self.core.placed_transformer)
+        self.transformer = self.memory.PartPatcher.of(self.core.placed_transformer, self.core.prefixes)
         self.vae = self.memory.PartPatcher.of(self.core.placed_vae)
         card.parts += [self.transformer, self.vae]
 
@@ -191,7 +191,8 @@ def test_host_fills_up_while_evicting(card: Card, opened: Opened, whole_picture:
     opened.picture()
     last = part.placed.units[-1]
     card.host_free = card.total // 10 + last.nbytes + 1
-    assert part.partially_unload(HOST, 1e30) == part.model_size()
+    everything = part.loaded_size()  # with the prompt that the drawing left
+    assert part.partially_unload(HOST, 1e30) == everything
     kept = [unit.name for unit in part.placed.units if not part.model.get_parameter(unit.parameters[0]).is_meta]
     assert kept == [last.name]
     torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
@@ -207,6 +208,48 @@ def test_on_a_cpu_what_is_kept_frees_nothing(comfy_pack: ComfyPack, card: Card, 
     card.host_free = 0
     assert part.partially_unload(HOST, 1e30) == part.model_size()
     assert on_meta(part)
+
+
+def test_kept_prompts_count_and_go_before_any_layer(opened: Opened, whole_picture: torch.Tensor):
+    opened.picture()
+    part, kept = opened.transformer, opened.core.prefixes.nbytes
+    assert kept > 0
+    assert part.loaded_size() == part.placed.total_bytes + kept == part.model_size()
+    before = storages(part)
+    assert part.partially_unload(HOST, 1) == kept
+    assert opened.core.prefixes.nbytes == 0
+    assert storages(part) == before
+    torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
+
+
+def test_kept_prompts_make_room_for_the_transformers_own_work(
+    mm: types.ModuleType, card: Card, opened: Opened, whole_picture: torch.Tensor
+):
+    """The manager evicts nothing from what it is asked to load: what that keeps besides weights must go by itself."""
+    opened.picture()
+    kept = opened.core.prefixes.nbytes
+    opened.bring(opened.transformer, work=card.free(CARD) // 2)
+    assert opened.core.prefixes.nbytes == kept, "there is room: nothing is given up"
+    mm.free_memory(
+        1e30, CARD, keep_loaded=[model for model in mm.current_loaded_models if model.model is not opened.vae]
+    )
+    opened.bring(opened.transformer, work=card.free(CARD) + kept // 2)
+    assert opened.core.prefixes.nbytes == 0
+    assert opened.transformer.loaded_size() == opened.transformer.placed.total_bytes
+    torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
+
+
+def test_handles_of_another_precision_or_format_keep_their_own_prompts(
+    comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path
+):
+    """A kept prompt never serves other numbers: what was computed in one precision or format stays with its handle."""
+    pipeline = submodule(comfy_pack, "hunyuan3.pipeline")
+    options = [{}, {"dtype": "bfloat16"}, {"format": "int8"}]
+    handles = [pipeline.Hunyuan3.open(tiny_checkpoint, device=CARD, **{"dtype": "float32"} | more) for more in options]
+    for number, handle in enumerate(handles):
+        assert handle.prefixes.nbytes == 0, "drawn with the others before, and nothing is here"
+        _ = handle.sample(handle.conditioning("a red fox", width=64, height=64), seed=number, steps=1).latents
+        assert handle.prefixes.nbytes > 0
 
 
 # --- trouble ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hunyuan3.conditioning import Conditioning, make_conditioning, system_text
+from hunyuan3.conditioning import Conditioning, drawable, make_conditioning, system_text
 from hunyuan3.folder import ModelFolder
 from hunyuan3.generate.denoise import DenoiseStep
 from hunyuan3.generate.rows import SequenceRows
@@ -24,7 +24,7 @@ from hunyuan3.pipeline import Hunyuan3
 from hunyuan3.run import SamplingRun
 from hunyuan3.text.special_tokens import BASE_RATIOS, EXTRA_RATIOS
 from hunyuan3.types import ImageSize
-from hunyuan3.writing import TextRequest, WritingRun, choosing_ratio, drawable, thinking
+from hunyuan3.writing import TextRequest, WritingRun, choosing_ratio, thinking
 
 from . import layout
 from .recording import MissingFeatureError, Recording

@@ -75,6 +75,25 @@ class Number:
         return (float(number),)
 
 
+class Turns:
+    """Who says what in a conversation, a line per message: role, then its words or the kind of its picture."""
+
+    CATEGORY = "tests"
+    FUNCTION = "run"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"conversation": ("HUNYUAN3_CONVERSATION",)}}
+
+    def run(self, conversation):
+        """A text in the history for each message."""
+        said = [(message.role, message.content) for message in conversation.messages]
+        lines = [f"{role}: {content if isinstance(content, str) else type(content).__name__}" for role, content in said]
+        return {"ui": {"text": lines}}
+
+
 @PromptServer.instance.routes.get("/hunyuan3_probe")
 async def probe(_request):
     """Return which watched objects live, the process's memory (RSS) in bytes, its open files and threads."""
@@ -84,4 +103,9 @@ async def probe(_request):
     return web.json_response({"alive": alive, "rss": process.memory_info().rss, "mapped": mapped})
 
 
-NODE_CLASS_MAPPINGS = {"Hunyuan3TestWatch": Watch, "Hunyuan3TestLatent": Latent, "Hunyuan3TestNumber": Number}
+NODE_CLASS_MAPPINGS = {
+    "Hunyuan3TestWatch": Watch,
+    "Hunyuan3TestLatent": Latent,
+    "Hunyuan3TestNumber": Number,
+    "Hunyuan3TestTurns": Turns,
+}
