@@ -83,5 +83,5 @@ class Hunyuan3ImageConditioning(io.ComfyNode):
         progress.text(f"encode {len(pictures)} pictures")
         encoded = core.encode_pictures(pictures, align=align, check_cancelled=check_cancelled)
         warning = f" (trained for up to {TRAINED_FOR})" if len(encoded) > TRAINED_FOR else ""
-        progress.report(f"{len(encoded)} pictures{warning}")
+        progress.report(f"{len(encoded)} {'picture' if len(encoded) == 1 else 'pictures'}{warning}")
         return io.NodeOutput(PictureSet(encoded, align, posterior, core.folder.fingerprint))

@@ -24,6 +24,7 @@ from tools.comfy_server import ComfyServer
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking")
 ARGUMENTS += ("--disable-component-update", "--disable-sync", "--no-first-run", "--force-device-scale-factor=1")
 VIEW = {"width": 1920, "height": 1080}
+WIDE = {"width": 3000, "height": 1500}
 RUN_BUTTON = '[data-testid="queue-button"]'
 
 Json = Any
@@ -53,17 +54,22 @@ class ComfyPage:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, browser: Browser, server: ComfyServer, *, nodes2: bool) -> Iterator[ComfyPage]:
-        """Open the page afresh (no cookies, no last workflow) and wait until it can be used."""
+    def open(cls, browser: Browser, server: ComfyServer, *, nodes2: bool, wide: bool = False) -> Iterator[ComfyPage]:
+        """Open the page afresh (no cookies, no last workflow) and wait until it can be used.
+
+        `wide`: in a window that shows a whole workflow large enough to be read.
+        """
         # Settings live on the server; the page opens with them as it does for a user who chose so.
         settings = {
             "Comfy.VueNodes.Enabled": nodes2,
             "Comfy.TutorialCompleted": True,  # else the templates' dialog covers the page
             "Comfy.Minimap.Visible": False,
             "Comfy.Graph.CanvasInfo": False,
+            "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0 if wide else 0.6,
+            "LiteGraph.Canvas.MinFontSizeForLOD": 0 if wide else 8,
         }
         server.post("/settings", settings)
-        context = browser.new_context(viewport=VIEW, locale="en-US")
+        context = browser.new_context(viewport=WIDE if wide else VIEW, locale="en-US")
         with contextlib.closing(context):
             context.add_init_script(_NO_ADVERTISEMENTS)
             self = cls(context.new_page(), server, nodes2)

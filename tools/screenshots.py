@@ -1,8 +1,8 @@
-"""The README's pictures of ComfyUI's page: a shipped workflow after a run, in both renderers, to docs/images/.
+"""The README's pictures of ComfyUI's page: shipped workflows after a run, to docs/images/.
 
-    python3 tools/screenshots.py [--front-end-root FOLDER]
+    python3 tools/screenshots.py [--only NAME ...] [--front-end-root FOLDER]
 
-Tiny checkpoints of random weights stand in for the published ones, so what is drawn is coloured noise.
+Tiny checkpoints of random weights stand in for the published ones, so what is drawn is coloured noise, in few steps.
 --front-end-root is passed to ComfyUI: another page than the test bed's, such as the newest one.
 """
 
@@ -14,22 +14,38 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import browser_setup, testbed
 from tools.comfy_server import ComfyServer
 from tools.testbed import REPO, say
-from tools.workflows import FOLDER, VARIANTS
+from tools.workflows import EXAMPLE, FOLDER, VARIANTS
+
+if TYPE_CHECKING:
+    from tools.comfy_page import ComfyPage
 
 TARGET = REPO / "docs" / "images"
-WORKFLOW = "text_to_image"
+CANVAS, NODES2 = "canvas", "nodes2"
+SHOTS = {
+    "text_to_image": (CANVAS, NODES2),
+    "think_and_draw": (CANVAS,),
+    "edit_picture_distil": (CANVAS,),
+    "fuse_three_distil": (CANVAS,),
+    "ask_picture": (CANVAS,),
+    "multi_turn_edit": (CANVAS,),
+}
+WIDTH = 2000  # pixels, at most
+STEPS = 8  # drawn at most
+TOKENS = 120  # written at most: the words of random weights are no reading
 
 
 def main() -> int:
     """Set up what is needed and take the pictures."""
     parser = argparse.ArgumentParser(description="Takes the README's pictures of ComfyUI's page.")
     parser.add_argument("--front-end-root", type=Path, help="the page to use, see ComfyUI's option of that name")
+    parser.add_argument("--only", nargs="+", choices=list(SHOTS), default=list(SHOTS), help="these workflows")
     arguments = parser.parse_args()
     testbed.end_cleanly_on_sigterm()
     try:
@@ -47,30 +63,42 @@ def main() -> int:
             for name, variant in VARIANTS.items()
         }
         with ComfyServer(bed.comfyui, bed.python, checkpoints=checkpoints, arguments=page_of_its_own) as server:
-            take(server, program)
+            take(server, program, arguments.only)
     return 0
 
 
-def take(server: ComfyServer, program: Path) -> None:
-    """Load the workflow, run it and take its picture, in each renderer."""
+def take(server: ComfyServer, program: Path, names: list[str]) -> None:
+    """Load each workflow, run it and take its picture, in each renderer that is wanted."""
     from PIL import Image
 
     from tools.comfy_page import ComfyPage, open_browser
 
-    workflow = json.loads((FOLDER / f"{WORKFLOW}.json").read_text(encoding="utf-8"))
-    ids = {node["type"]: str(node["id"]) for node in workflow["nodes"]}
+    Image.radial_gradient("L").resize((480, 360)).convert("RGB").save(server.base / "input" / EXAMPLE)
     with open_browser(program) as browser:
-        for nodes2, name in ((False, "canvas"), (True, "nodes2")):
-            with ComfyPage.open(browser, server, nodes2=nodes2) as page:
-                page.load(workflow)
-                page.set_widget(ids["Hunyuan3Sampler"], "seed", 1 + nodes2)
-                page.run()
-                page.pictures(ids["SaveImage"])
-                page.page.wait_for_timeout(6000)  # until messages about the run are gone
-                path = page.screenshot(TARGET / f"{WORKFLOW}_{name}.png", around_nodes=True)
-            # 256 colours are enough for a screenshot, and a quarter of the size.
-            Image.open(path).convert("RGB").quantize(dither=Image.Dither.NONE).save(path, optimize=True)
-            say(f"{path.relative_to(REPO).as_posix()}: {path.stat().st_size // 1024} KiB")
+        for number, name in enumerate(names):
+            workflow = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+            for renderer in SHOTS[name]:
+                with ComfyPage.open(browser, server, nodes2=renderer == NODES2, wide=renderer == CANVAS) as page:
+                    page.load(workflow)
+                    shorten(page, seed=2 * number + (renderer == NODES2))
+                    page.run(timeout=600)
+                    page.page.wait_for_timeout(6000)  # until messages about the run are gone
+                    path = page.screenshot(TARGET / f"{name}_{renderer}.png", around_nodes=True)
+                picture = Image.open(path).convert("RGB")
+                picture.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
+                # 256 colours are enough for a screenshot, and a quarter of the size.
+                picture.quantize(dither=Image.Dither.NONE).save(path, optimize=True)
+                say(f"{path.relative_to(REPO).as_posix()}: {path.stat().st_size // 1024} KiB")
+
+
+def shorten(page: ComfyPage, seed: int) -> None:
+    """Ask for few steps and words, and for a picture that is not in ComfyUI's cache."""
+    for node_id, fields in page.widgets().items():
+        if "steps" in fields:
+            page.set_widget(node_id, "steps", STEPS)
+            page.set_widget(node_id, "seed", seed)
+        if "max_new_tokens" in fields:
+            page.set_widget(node_id, "max_new_tokens", TOKENS)
 
 
 if __name__ == "__main__":
