@@ -39,7 +39,8 @@ class LoadOptions:
     router: "reference" runs the router in the model's dtype, as the reference does; "fp32" always in float32.
     drop_tokens: the reference's capacity rule, for comparisons; None means what config.json says (published: off).
     attention: "auto", "sdpa" or "math" (see ops.attention).
-    format: "bf16" (as published), "fp8", "int8" or "int4": how the large matrices are stored (see quant.policy).
+    format: how the large matrices are stored: "bf16" (as published), "fp8", "int8" or "int4"; "fp8_dynamic" and
+        "int8_dynamic" quantise the activations, too (see quant.policy).
     """
 
     device: str | torch.device = "auto"
@@ -60,10 +61,11 @@ class LoadOptions:
         vae_dtype = _named(VAE_DTYPES, "vae_dtype", self.vae_dtype, "float16" if follows_reference else "float32")
         if self.router not in ("reference", "fp32"):
             raise RequestError(f"router is {self.router!r}; it must be reference or fp32.")
-        backend, reason = choose_backend(self.moe_backend, device, dtype)
+        policy = policy_of(self.format)
+        dynamic = policy.experts if policy is not None and policy.dynamic else None
+        backend, reason = choose_backend(self.moe_backend, device, dtype, dynamic)
         attention_backend(self.attention)  # refuses unknown names now, not after loading
         attention = "sdpa" if self.attention == "auto" else self.attention
-        policy_of(self.format)
         return ResolvedOptions(
             device, dtype, vae_dtype, backend, reason, self.router, self.drop_tokens, attention, self.format
         )

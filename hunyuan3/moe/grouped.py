@@ -1,9 +1,14 @@
-"""Routed experts as two grouped matrix products (`torch.nn.functional.grouped_mm`, torch 2.10 and newer)."""
+"""Routed experts as two grouped matrix products (`torch.nn.functional.grouped_mm`, torch 2.10 and newer).
+
+With quantised activations (fp8) it is `scaled_grouped_mm`, which few devices have. Any other quantised weight is read
+back for the product, a chunk of experts at a time.
+"""
 
 import torch
 from torch.nn import functional as F
 
-from ..ops.quantized import QuantizedWeight, Weight
+from ..ops.product import QuantizedRows, Rows, Weight, rows_for
+from ..ops.quantized import QuantizedWeight
 from .dispatch import Dispatch
 from .weights import ExpertWeights
 
@@ -20,10 +25,24 @@ def run_experts(x: torch.Tensor, dispatch: Dispatch, experts: ExpertWeights, out
         ends = dispatch.ends[experts.first : last] - start
     if start == stop:
         return
-    hidden = F.grouped_mm(x[dispatch.token[start:stop]], _dense(experts.gate_up, x.dtype).transpose(1, 2), offs=ends)
+    hidden = _product(rows_for(x, experts.gate_up)[dispatch.token[start:stop]], experts.gate_up, ends)
     value, gate = hidden.chunk(2, dim=-1)
-    out[start:stop] = F.grouped_mm(value * F.silu(gate), _dense(experts.down, x.dtype).transpose(1, 2), offs=ends)
+    out[start:stop] = _product(rows_for(value * F.silu(gate), experts.down), experts.down, ends)
 
 
-def _dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight
+def _product(rows: Rows, weight: Weight, ends: torch.Tensor) -> torch.Tensor:
+    """Rows (N, in) in expert order times their experts' weights (E, out, in) -> (N, out)."""
+    if isinstance(rows, QuantizedRows):
+        by_row = F.ScalingType.RowWise
+        return F.scaled_grouped_mm(
+            rows.data,
+            weight.data.transpose(1, 2),
+            rows.scale.squeeze(-1),
+            by_row,
+            weight.scales[0].squeeze(-1),
+            by_row,
+            offs=ends,
+            output_dtype=rows.dtype,
+        )
+    dense = weight.dequantize(rows.dtype) if isinstance(weight, QuantizedWeight) else weight
+    return F.grouped_mm(rows, dense.transpose(1, 2), offs=ends)

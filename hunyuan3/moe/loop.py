@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from ..ops.quantized import linear
+from ..ops.product import linear, rows_for
 from .dispatch import Dispatch
 from .weights import ExpertWeights
 
@@ -18,11 +18,12 @@ def run_experts(x: torch.Tensor, dispatch: Dispatch, experts: ExpertWeights, out
         out: (N, D); only the rows of these experts are written.
     """
     ends = dispatch.ends.tolist()
+    rows = rows_for(x, experts.gate_up)  # before the gather: a token is quantised once, not for each of its experts
     stop = ends[experts.first - 1] if experts.first else 0
     for index in range(experts.count):
         start, stop = stop, ends[experts.first + index]
         if start == stop:
             continue
-        hidden = linear(x[dispatch.token[start:stop]], experts.gate_up[index])
+        hidden = linear(rows[dispatch.token[start:stop]], experts.gate_up[index])
         value, gate = hidden.chunk(2, dim=-1)
         out[start:stop] = linear(value * F.silu(gate), experts.down[index])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..ops.quantized import Weight
+from ..ops.product import Weight
 
 
 class ExpertWeights(NamedTuple):

@@ -11,12 +11,12 @@ from torch import nn
 
 from ..checkpoint.load import Transform
 from ..moe.weights import ExpertWeights
+from ..ops.product import linear
 from ..ops.quantized import (
     QuantizedWeight,
     Scheme,
     data_dtype,
     data_shape,
-    linear,
     quantize,
     scale_dtypes,
     scale_shapes,
@@ -30,29 +30,31 @@ _CHUNK = 8  # experts that are dequantised at once
 class QuantLinear(nn.Module):
     """A bias-free linear layer whose weight is stored in a scheme."""
 
-    def __init__(self, shape: tuple[int, ...], scheme: Scheme) -> None:
+    def __init__(self, shape: tuple[int, ...], scheme: Scheme, dynamic: bool = False) -> None:
         super().__init__()
         self.scheme = scheme
+        self.dynamic = dynamic
         _register(self, "weight", shape, scheme)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out) in x's dtype."""
-        return linear(x, _weight(self, "weight", self.scheme))
+        return linear(x, _weight(self, "weight"))
 
 
 class QuantExpertBank(nn.Module):
     """All routed experts of a layer, stored in a scheme: a weight source like `moe.weights.ExpertBank`."""
 
-    def __init__(self, gate_up: tuple[int, ...], down: tuple[int, ...], scheme: Scheme) -> None:
+    def __init__(self, gate_up: tuple[int, ...], down: tuple[int, ...], scheme: Scheme, dynamic: bool = False) -> None:
         super().__init__()
         self.scheme = scheme
+        self.dynamic = dynamic
         self.chunk_size = _CHUNK
         _register(self, "gate_up", gate_up, scheme)
         _register(self, "down", down, scheme)
 
     def chunks(self) -> Iterator[ExpertWeights]:
         """The experts in order, `chunk_size` at a time."""
-        gate_up, down = _weight(self, "gate_up", self.scheme), _weight(self, "down", self.scheme)
+        gate_up, down = _weight(self, "gate_up"), _weight(self, "down")
         for first in range(0, gate_up.shape[0], self.chunk_size):
             part = slice(first, first + self.chunk_size)
             yield ExpertWeights(first, gate_up[part], down[part])
@@ -67,9 +69,11 @@ def swap(model: Hunyuan3Transformer, policy: QuantPolicy) -> None:
             (layer.mlp.shared_mlp, "gate_and_up_proj"),
             (layer.mlp.shared_mlp, "down_proj"),
         ):
-            setattr(owner, name, QuantLinear(tuple(getattr(owner, name).weight.shape), policy.linears))
+            setattr(owner, name, QuantLinear(tuple(getattr(owner, name).weight.shape), policy.linears, policy.dynamic))
         bank = layer.mlp.experts
-        layer.mlp.experts = QuantExpertBank(tuple(bank.gate_up.shape), tuple(bank.down.shape), policy.experts)
+        layer.mlp.experts = QuantExpertBank(
+            tuple(bank.gate_up.shape), tuple(bank.down.shape), policy.experts, policy.dynamic
+        )
 
 
 def transform_to(policy: QuantPolicy, device: torch.device) -> Transform:
@@ -102,6 +106,6 @@ def _register(module: nn.Module, name: str, shape: tuple[int, ...], scheme: Sche
         module.register_parameter(f"{name}_scale_{index}", empty(size, dtype))
 
 
-def _weight(module: nn.Module, name: str, scheme: Scheme) -> QuantizedWeight:
-    scales = tuple(getattr(module, f"{name}_scale_{index}") for index in range(len(scale_dtypes(scheme))))
-    return QuantizedWeight(scheme, getattr(module, name), scales)
+def _weight(module: QuantLinear | QuantExpertBank, name: str) -> QuantizedWeight:
+    scales = tuple(getattr(module, f"{name}_scale_{index}") for index in range(len(scale_dtypes(module.scheme))))
+    return QuantizedWeight(module.scheme, getattr(module, name), scales, module.dynamic)

@@ -11,16 +11,20 @@ from typing import Literal
 from ..errors import RequestError
 from ..ops.quantized import Scheme
 
-Format = Literal["bf16", "fp8", "int8", "int4"]
-FORMATS: tuple[Format, ...] = ("bf16", "fp8", "int8", "int4")
+Format = Literal["bf16", "fp8", "fp8_dynamic", "int8", "int8_dynamic", "int4"]
+FORMATS: tuple[Format, ...] = ("bf16", "fp8", "fp8_dynamic", "int8", "int8_dynamic", "int4")
 
 
 @dataclass(frozen=True)
 class QuantPolicy:
-    """Schemes of the routed experts and of the other large matrices of a layer (attention, shared MLP)."""
+    """Schemes of the routed experts and of the other large matrices of a layer (attention, shared MLP).
+
+    dynamic: activations are quantised as well, token by token. The stored bytes are the same.
+    """
 
     experts: Scheme
     linears: Scheme
+    dynamic: bool = False
 
     def scheme_of(self, published: str) -> Scheme | None:
         """The scheme of a published tensor, None for one that stays as it is."""
@@ -32,7 +36,9 @@ class QuantPolicy:
 _POLICIES: dict[str, QuantPolicy | None] = {
     "bf16": None,
     "fp8": QuantPolicy(experts="fp8", linears="fp8"),
+    "fp8_dynamic": QuantPolicy(experts="fp8", linears="fp8", dynamic=True),
     "int8": QuantPolicy(experts="int8", linears="int8"),
+    "int8_dynamic": QuantPolicy(experts="int8", linears="int8", dynamic=True),
     "int4": QuantPolicy(experts="int4", linears="int8"),
 }
 _EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate_and_up_proj|down_proj)\.weight")

@@ -1,5 +1,7 @@
 """Weights stored small: error of each scheme, what is stored how, and the formats in a loaded model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,17 @@ from hunyuan3.error import first_layers, layer_errors, main, weight_errors
 from hunyuan3.errors import RequestError
 from hunyuan3.folder import ModelFolder
 from hunyuan3.moe.select import expert_backend
-from hunyuan3.ops.quantized import GROUP, SCHEMES, linear, quantize
+from hunyuan3.ops import quantized
+from hunyuan3.ops.product import (
+    fp8_product,
+    fp8_product_plain,
+    has_int8_kernel,
+    int8_product,
+    int8_product_plain,
+    linear,
+    rows_for,
+)
+from hunyuan3.ops.quantized import GROUP, SCHEMES, quantize
 from hunyuan3.parts import LoadOptions, load_transformer
 from hunyuan3.pipeline import Hunyuan3
 from hunyuan3.quant.modules import swap
@@ -72,6 +84,84 @@ def test_a_product_is_that_of_the_stored_weight(scheme):
     torch.testing.assert_close(linear(x, stored), x @ stored.dequantize(torch.float32).T)
 
 
+def test_a_cpus_blocks_give_the_same_as_the_whole(monkeypatch):
+    for scheme in SCHEMES:
+        weight = gaussian(50, 64)
+        whole = quantize(weight, scheme)
+        monkeypatch.setattr(quantized, "_BLOCK", 7 * 64)
+        blocks = quantize(weight, scheme)
+        monkeypatch.undo()
+        assert torch.equal(whole.data, blocks.data)
+        assert all(torch.equal(a, b) for a, b in zip(whole.scales, blocks.scales, strict=True))
+
+
+# activations, quantised
+
+
+def dynamic(weight, scheme):
+    return replace(quantize(weight, scheme), dynamic=True)
+
+
+@pytest.mark.parametrize(("scheme", "limit"), [("int8", 0.02), ("fp8", 0.055)])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_a_dynamic_product_is_near_the_exact_one(scheme, limit, rows):
+    weight, x = gaussian(48, 4096), gaussian(rows, 4096, seed=1) * torch.logspace(-3, 3, rows)[:, None]
+    actual = linear(x, dynamic(weight, scheme))
+    for row in range(rows):
+        assert 0.001 < relative(actual[row], x[row] @ weight.T) < limit, "each token has a scale of its own"
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dynamic_product_is_that_of_what_is_stored(scheme, dtype):
+    weight, x = dynamic(gaussian(32, 64), scheme), gaussian(2, 5, 64, seed=1).to(dtype)
+    rows = rows_for(x, weight)
+    read_back = rows.data.float() * rows.scale
+    expected = (read_back @ weight.dequantize(torch.float32).T).to(dtype)
+    actual = linear(x, weight)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, expected)
+    assert torch.equal(linear(rows, weight), actual)
+    assert torch.equal(linear(rows[:, 2:4], weight), actual[:, 2:4]), "tokens do not see each other"
+
+
+def test_zero_activations_give_zeros():
+    for scheme in ("int8", "fp8"):
+        assert (linear(torch.zeros(3, 64), dynamic(gaussian(8, 64), scheme)) == 0).all()
+
+
+def test_int8_kernel_and_plain_path_give_the_same_bits():
+    """At the longest rows of the published model, with the largest numbers there are: no sum may round."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-127, 128, (size, 4096), dtype=torch.int8, generator=generator) for size in (33, 24))
+    x[0], weight[0] = 127, 127
+    plain = int8_product_plain(x, weight)
+    assert plain[0, 0] == 4096 * 127 * 127
+    assert torch.equal(plain, (x.long() @ weight.long().T).int())
+    assert has_int8_kernel(torch.device("cpu"))
+    for rows in (1, 16, 17, 33):
+        assert torch.equal(int8_product(x[:rows], weight), plain[:rows])
+
+
+def test_fp8_kernel_agrees_with_the_plain_path():
+    """A CPU has it, too, if not for speed."""
+    x, weight = quantize(gaussian(24, 64), "fp8"), quantize(gaussian(32, 64, seed=1), "fp8")
+    plain = fp8_product_plain(x.data, x.scales[0], weight)
+    try:
+        kernel = fp8_product(x.data, x.scales[0], weight)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        pytest.skip(f"this torch has none on a CPU: {error}")
+    assert kernel.dtype == torch.bfloat16
+    torch.testing.assert_close(kernel.float(), plain, atol=0.05, rtol=0.01)
+
+
+def test_grouped_products_of_quantised_activations_are_refused_where_there_is_none():
+    for weight_format, reason in (("int8_dynamic", "no grouped product of int8"), ("fp8_dynamic", "scaled_grouped_mm")):
+        with pytest.raises(RequestError, match=reason):
+            LoadOptions(device="cpu", format=weight_format, moe_backend="grouped").resolved()
+        assert LoadOptions(device="cpu", format=weight_format).resolved().moe_backend == "loop"
+
+
 def test_int4_refuses_rows_that_are_no_whole_groups():
     with pytest.raises(RequestError, match="multiple of 16"):
         quantize(gaussian(4, 24), "int4")
@@ -107,7 +197,10 @@ def test_every_stored_tensor_has_a_place_and_a_name_of_its_own(folders, weight_f
     assert set(folder.networks.transformer_slots) <= set(slots)
 
 
-@pytest.mark.parametrize(("weight_format", "limit"), [("int8", 0.03), ("fp8", 0.08), ("int4", 0.10)])
+@pytest.mark.parametrize(
+    ("weight_format", "limit"),
+    [("int8", 0.03), ("int8_dynamic", 0.04), ("fp8", 0.08), ("fp8_dynamic", 0.10), ("int4", 0.10)],
+)
 def test_a_drawing_stays_near_that_of_the_published_weights(folders, models, weight_format, limit):
     """Latents of a random model after eight steps; the limits are about twice what was measured."""
     model = Hunyuan3.load(folders["distil"], device="cpu", dtype="float32", format=weight_format)
@@ -127,6 +220,8 @@ def test_backends_and_chunks_agree_on_quantised_experts(folders, weight_format):
         expected = moe(x)
         moe.experts.chunk_size = 3
         assert torch.equal(moe(x), expected)
+        if moe.experts.dynamic:
+            return  # no grouped product on a CPU
         moe.backend = expert_backend("grouped")
         torch.testing.assert_close(moe(x), expected, atol=1e-5, rtol=1e-5)
 
