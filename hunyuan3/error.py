@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint.index import open_shard
-from .errors import Hunyuan3Error
+from .errors import Hunyuan3Error, RequestError
 from .folder import ModelFolder
 from .ops.attention import plan_attention
 from .ops.quantized import quantize
@@ -96,7 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     try:
-        folder = first_layers(ModelFolder.open(args.folder), args.layers)
+        opened = ModelFolder.open(args.folder)
+        if opened.pack is not None:
+            raise RequestError(f"{args.folder} is a pack. Errors are measured against the folder as it was published.")
+        folder = first_layers(opened, args.layers)
         options = LoadOptions(device=args.device, dtype="float32")
         reference = load_transformer(folder, options.resolved())
         for name in [args.format] if args.format else FORMATS[1:]:

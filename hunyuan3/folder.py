@@ -15,9 +15,13 @@ from accelerate import init_empty_weights
 from .checkpoint.index import CheckpointIndex
 from .checkpoint.keymap import Slot, transformer_slots, vae_slots, vision_slots
 from .checkpoint.load import check_complete
+from .checkpoint.manifest import PACK_NAME, PackManifest
+from .checkpoint.shard import SAFETENSORS_DTYPES
 from .config import VARIANTS, GenerationConfig, ModelConfig, Variant, detect_variant
 from .errors import CheckpointError, RequestError, UnsupportedConfigError
 from .image.resolution import ResolutionTable
+from .quant.modules import is_quantized, swap
+from .quant.policy import FORMATS, policy_of
 from .text.special_tokens import SpecialTokens
 from .text.system_prompts import SystemPrompts
 from .text.template import TEMPLATES, Template
@@ -40,13 +44,15 @@ class ModelFolder:
     tokens: SpecialTokens
     system_prompts: SystemPrompts
     resolutions: ResolutionTable
+    pack: PackManifest | None = None
 
     @classmethod
     def open(cls, path: str | Path, variant: str = "auto") -> "ModelFolder":
         """Opens and checks a folder.
 
         Args:
-            path: holds config.json, generation_config.json, tokenizer.json, the safetensors index and its shards.
+            path: holds config.json, generation_config.json, tokenizer.json, the safetensors index and its shards; or
+                what `python -m hunyuan3.pack` made of such a folder.
             variant: "auto", or "base", "instruct", "distil" to override what the folder says it is (spec 1.0).
 
         Raises CheckpointError, UnsupportedConfigError or RequestError, each naming the file or input at fault.
@@ -54,6 +60,11 @@ class ModelFolder:
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a folder. Give the folder that holds config.json and the weights.")
+        pack = PackManifest.from_folder(path)
+        if pack is not None and pack.format not in FORMATS:
+            raise CheckpointError(
+                f"{path / PACK_NAME} is of the format {pack.format!r}, which this package does not know."
+            )
         config = ModelConfig.from_folder(path)
         generation = GenerationConfig.from_folder(path)
         index = CheckpointIndex.from_folder(path)
@@ -70,8 +81,10 @@ class ModelFolder:
             tokens=tokens,
             system_prompts=SystemPrompts.from_folder(path),
             resolutions=ResolutionTable.build(config.image_base_size, len(tokens.ratios)),
+            pack=pack,
         )
-        check_complete(index, {name: slot.shape for name, slot in folder.networks.all_slots.items()}, path)
+        networks = folder.networks
+        check_complete(index, {name: slot.shape for name, slot in networks.all_slots.items()}, path, networks.small)
         if len(tokenizer) > config.vocab_size:
             raise UnsupportedConfigError(
                 f"{path / 'tokenizer.json'} has {len(tokenizer)} tokens, more than vocab_size {config.vocab_size} of "
@@ -89,10 +102,15 @@ class ModelFolder:
         """Tokens of the longest sequence: what generation_config.json allows and the rotary table covers."""
         return min(self.generation.max_length, self.config.max_position_embeddings)
 
+    @property
+    def stored_format(self) -> str:
+        """The weight format that the files are in: "bf16" (as published) unless this is a pack."""
+        return "bf16" if self.pack is None else self.pack.format
+
     @cached_property
     def networks(self) -> "Networks":
         """The networks of this folder, without storage."""
-        return Networks(self.config)
+        return Networks(self.config, None if self.pack is None else self.pack.format)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,11 +125,24 @@ class ModelFolder:
 
 
 class Networks:
-    """What a configuration describes: networks on the meta device, and where each published tensor goes in them."""
+    """What a configuration describes: networks on the meta device, and where each published tensor goes in them.
 
-    def __init__(self, config: ModelConfig) -> None:
+    pack_format: of a pack; None for a folder as published. small: safetensors dtype of each tensor that a pack stores
+    small.
+    """
+
+    def __init__(self, config: ModelConfig, pack_format: str | None = None) -> None:
         self.config = config
-        self.transformer_slots = transformer_slots(dict(self.transformer().named_parameters()))
+        transformer, policy = self.transformer(), policy_of(pack_format or "bf16")
+        if policy is not None:
+            swap(transformer, policy)
+        parameters = dict(transformer.named_parameters())
+        self.transformer_slots = transformer_slots(parameters, stacked=pack_format is not None)
+        self.small = {
+            name: SAFETENSORS_DTYPES[parameters[slot.parameter].dtype]
+            for name, slot in self.transformer_slots.items()
+            if is_quantized(slot.parameter, transformer)
+        }
         self.vae_slots = vae_slots(dict(self.vae().named_parameters()))
         self.vision_slots = vision_slots(dict(self.vision().named_parameters()))
 

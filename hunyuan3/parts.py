@@ -18,7 +18,7 @@ from .moe.select import MoEBackend, choose_backend, expert_backend, log_choice
 from .ops.attention import AttentionBackend, attention_backend
 from .placement.placed import PlacedModule, units_by_prefix
 from .quant.modules import is_quantized, swap, transform_to
-from .quant.policy import policy_of
+from .quant.policy import policy_of, same_storage
 from .transformer.model import Hunyuan3Transformer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -39,8 +39,8 @@ class LoadOptions:
     router: "reference" runs the router in the model's dtype, as the reference does; "fp32" always in float32.
     drop_tokens: the reference's capacity rule, for comparisons; None means what config.json says (published: off).
     attention: "auto", "sdpa" or "math" (see ops.attention).
-    format: how the large matrices are stored: "bf16" (as published), "fp8", "int8" or "int4"; "fp8_dynamic" and
-        "int8_dynamic" quantise the activations, too (see quant.policy).
+    format: how the large matrices are stored: "auto" (as they are in the folder), "bf16" (as published), "fp8", "int8"
+        or "int4"; "fp8_dynamic" and "int8_dynamic" quantise the activations, too (see quant.policy).
     """
 
     device: str | torch.device = "auto"
@@ -50,10 +50,14 @@ class LoadOptions:
     router: RouterPrecision = "reference"
     drop_tokens: bool | None = None
     attention: AttentionBackend = "auto"
-    format: str = "bf16"
+    format: str = "auto"
 
-    def resolved(self) -> "ResolvedOptions":
-        """Settles what is "auto" on this machine. Raises RequestError for what is unknown or does not work here."""
+    def resolved(self, stored: str = "bf16") -> "ResolvedOptions":
+        """Settles what is "auto" on this machine, for a folder whose weights are `stored` in a format.
+
+        Raises RequestError for what is unknown or does not work here.
+        """
+        weight_format = stored if self.format == "auto" else self.format
         device = _device(self.device)
         on_accelerator = device.type != "cpu"
         dtype = _named(DTYPES, "dtype", self.dtype, "bfloat16" if on_accelerator else "float32")
@@ -61,13 +65,18 @@ class LoadOptions:
         vae_dtype = _named(VAE_DTYPES, "vae_dtype", self.vae_dtype, "float16" if follows_reference else "float32")
         if self.router not in ("reference", "fp32"):
             raise RequestError(f"router is {self.router!r}; it must be reference or fp32.")
-        policy = policy_of(self.format)
+        policy = policy_of(weight_format)
+        if stored != "bf16" and not same_storage(weight_format, stored):
+            raise RequestError(
+                f"format is {weight_format!r}, but the folder is a pack of {stored!r}. Choose 'auto', or the folder as "
+                "it was published."
+            )
         dynamic = policy.experts if policy is not None and policy.dynamic else None
         backend, reason = choose_backend(self.moe_backend, device, dtype, dynamic)
         attention_backend(self.attention)  # refuses unknown names now, not after loading
         attention = "sdpa" if self.attention == "auto" else self.attention
         return ResolvedOptions(
-            device, dtype, vae_dtype, backend, reason, self.router, self.drop_tokens, attention, self.format
+            device, dtype, vae_dtype, backend, reason, self.router, self.drop_tokens, attention, weight_format
         )
 
 
@@ -94,7 +103,8 @@ def place_transformer(folder: ModelFolder, options: ResolvedOptions) -> PlacedMo
     policy = policy_of(options.format)
     if policy is not None:
         swap(model, policy)
-        slots = transformer_slots(dict(model.named_parameters()))
+    if policy is not None and folder.stored_format == "bf16":
+        slots = transformer_slots(dict(model.named_parameters()), stacked=folder.pack is not None)
         transform = transform_to(policy, options.device)
     for layer in model.layers:
         layer.mlp.backend = expert_backend(options.moe_backend)

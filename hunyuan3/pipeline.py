@@ -56,7 +56,8 @@ class Hunyuan3:
 
         Raises CheckpointError, UnsupportedConfigError or RequestError, each naming the file or input at fault.
         """
-        return cls(ModelFolder.open(folder, variant), LoadOptions(**options).resolved())
+        opened = ModelFolder.open(folder, variant)
+        return cls(opened, LoadOptions(**options).resolved(opened.stored_format))
 
     @classmethod
     def load(

@@ -61,14 +61,21 @@ _EXPERT_BANKS = {"gate_up": "gate_and_up_proj", "down": "down_proj"}
 _BANK_NAME = re.compile(r"(layers\.\d+\.mlp\.experts)\.(gate_up|down)((?:_scale_\d)?)")
 
 
-def transformer_slots(parameters: Mapping[str, torch.Tensor]) -> dict[str, Slot]:
-    """Published name -> slot, for every parameter of a (meta) `Hunyuan3Transformer`."""
+def transformer_slots(parameters: Mapping[str, torch.Tensor], *, stacked: bool = False) -> dict[str, Slot]:
+    """Published name -> slot, for every parameter of a (meta) `Hunyuan3Transformer`.
+
+    `stacked`: as a pack has it, the experts of a layer in one tensor `...mlp.experts.gate_and_up_proj.weight`.
+    """
     slots: dict[str, Slot] = {}
     for parameter, tensor in parameters.items():
         bank = _BANK_NAME.fullmatch(parameter)
         if bank is None:
             name = _published_name(parameter, _TRANSFORMER_FRAGMENTS)
             name = f"model.{name}" if name.startswith(_UNDER_MODEL) else name
+            slots[name] = Slot(parameter, None, tuple(tensor.shape))
+            continue
+        if stacked:
+            name = f"model.{bank[1]}.{_EXPERT_BANKS[bank[2]]}.weight{bank[3]}"
             slots[name] = Slot(parameter, None, tuple(tensor.shape))
             continue
         for expert in range(tensor.shape[0]):

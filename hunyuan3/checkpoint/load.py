@@ -18,11 +18,16 @@ Transform = Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
 """Applied to each (published name, tensor) on its way in; yields what to store under which published-style name."""
 
 _LISTED = 12
+_NONE: Mapping[str, str] = {}
 _DTYPES = ("BF16", "F16", "F32")  # numbers of any other kind are quantised weights, which mean nothing without scales
 
 
-def check_complete(index: CheckpointIndex, shapes: Mapping[str, tuple[int, ...]], folder: object) -> None:
+def check_complete(
+    index: CheckpointIndex, shapes: Mapping[str, tuple[int, ...]], folder: object, small: Mapping[str, str] = _NONE
+) -> None:
     """Compares a folder's tensors with the names and shapes that its configuration promises.
+
+    `small`: of the tensors that a pack stores in a format, name -> safetensors dtype; all others are plain numbers.
 
     Raises CheckpointError listing what is missing, unexpected, misshapen and of a dtype that is not read.
     """
@@ -34,7 +39,9 @@ def check_complete(index: CheckpointIndex, shapes: Mapping[str, tuple[int, ...]]
         if name in index and index[name].shape != tuple(shape)
     ]
     quantised = [
-        f"{name}: {index[name].dtype}" for name in shapes if name in index and index[name].dtype not in _DTYPES
+        f"{name}: {index[name].dtype}"
+        for name in shapes
+        if name in index and index[name].dtype not in ((small[name],) if name in small else _DTYPES)
     ]
     problems = [
         f"{len(names)} {what}: {_shortened(names)}"

@@ -34,7 +34,8 @@ _LEVELS = (
 _SCALE_TRIALS = (1.0, 0.93, 0.86, 0.79, 0.72, 1.05)
 # A weight over its scale -> level, by a table over [-_EDGE, _EDGE): looking up is ten times as fast as searching.
 _BINS, _EDGE = 4096, 1.5
-_BLOCK = 2**18  # weights that are quantised at once on a CPU: what stays in its cache
+# Weights that are quantised at once: on a CPU what stays in its cache, elsewhere what a small card has room for.
+_CPU_BLOCK, _BLOCK = 2**18, 2**26
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
     if scheme not in _QUANTIZERS:
         raise RequestError(f"format {scheme!r} does not exist; choose one of {', '.join(SCHEMES)}.")
     rows = weight.reshape(-1, weight.shape[-1])
-    block = max(1, _BLOCK // rows.shape[1]) if rows.device.type == "cpu" else max(1, len(rows))
+    block = max(1, (_CPU_BLOCK if rows.device.type == "cpu" else _BLOCK) // rows.shape[1])
     parts = [_QUANTIZERS[scheme](rows[first : first + block].float()) for first in range(0, len(rows), block)]
     data, *scales = (torch.cat(tensors).view(*weight.shape[:-1], -1) for tensors in zip(*parts, strict=True))
     return QuantizedWeight(scheme, data, tuple(scales))

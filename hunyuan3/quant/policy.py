@@ -41,7 +41,8 @@ _POLICIES: dict[str, QuantPolicy | None] = {
     "int8_dynamic": QuantPolicy(experts="int8", linears="int8", dynamic=True),
     "int4": QuantPolicy(experts="int4", linears="int8"),
 }
-_EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate_and_up_proj|down_proj)\.weight")
+_DYNAMIC = "_dynamic"
+_EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(\d+\.)?(gate_and_up_proj|down_proj)\.weight")
 _LINEAR = re.compile(
     r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.shared_mlp\.(gate_and_up_proj|down_proj))\.weight"
 )
@@ -52,3 +53,13 @@ def policy_of(weight_format: str) -> QuantPolicy | None:
     if weight_format not in _POLICIES:
         raise RequestError(f"format is {weight_format!r}; it must be one of {', '.join(FORMATS)}.")
     return _POLICIES[weight_format]
+
+
+def same_storage(one: str, other: str) -> bool:
+    """Whether two formats store the same bytes: they may differ in what is done with the activations."""
+    return storage_of(one) == storage_of(other)
+
+
+def storage_of(weight_format: str) -> str:
+    """The format that stores what this one stores and does nothing else."""
+    return weight_format.removesuffix(_DYNAMIC)

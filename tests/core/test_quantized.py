@@ -88,7 +88,7 @@ def test_a_cpus_blocks_give_the_same_as_the_whole(monkeypatch):
     for scheme in SCHEMES:
         weight = gaussian(50, 64)
         whole = quantize(weight, scheme)
-        monkeypatch.setattr(quantized, "_BLOCK", 7 * 64)
+        monkeypatch.setattr(quantized, "_CPU_BLOCK", 7 * 64)
         blocks = quantize(weight, scheme)
         monkeypatch.undo()
         assert torch.equal(whole.data, blocks.data)
