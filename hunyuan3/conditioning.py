@@ -9,7 +9,7 @@ from .image.resolution import Resolution
 from .pictures import EncodedPicture, PosteriorMode
 from .text.sequence import REFERENCE, SAFE, ControlTokens, conditional_pair, full_attention_spans, rope_grids
 from .text.template import InputPicture, Message, OutputPicture, request_messages
-from .text.trace import close_trace, is_complete, recaption_only, thinks
+from .text.trace import is_complete, recaption_only, thinks, tidy_trace
 from .types import ImageSize, TokenSequence
 
 
@@ -78,7 +78,7 @@ def make_conditioning(
     if not trace.strip():
         trace = ""
     if trace and not reference:
-        trace = close_trace(trace)
+        trace = tidy_trace(trace)
         if not is_complete(trace):
             trace = f"<recaption>{trace}</recaption>"
         # A system prompt in the user's own words stays; the reference would replace it, too.
@@ -90,7 +90,7 @@ def make_conditioning(
         sections,
         folder.tokens,
         folder.tokenizer,
-        control_tokens=control_tokens(system_prompt, reference),
+        control_tokens=control_tokens(system_prompt, system, custom_system_prompt, reference),
         max_length=folder.max_length,
     )
     rows = rows_of(folder, pair[:1] if folder.config.cfg_distilled else pair)
@@ -116,12 +116,13 @@ def drawable(folder: ModelFolder, trace: str, system: str, keep_system: bool = F
     return recaption_only(trace), system
 
 
-def control_tokens(system_prompt: str, reference: bool) -> ControlTokens:
-    """Which control tokens each text of a request may hold."""
+def control_tokens(choice: str, system: str, custom: str, reference: bool) -> ControlTokens:
+    """Which control tokens each text of a request may hold. `custom`: the user's own text."""
     if reference:
         return REFERENCE
-    # A custom system prompt is the user's words, unlike the checkpoint's own.
-    return replace(SAFE, system="text") if system_prompt == "custom" else SAFE
+    # The user's words, unlike the checkpoint's own; "dynamic" passes them on, too.
+    is_users = not choice.startswith("en_") and system == custom.strip()
+    return replace(SAFE, system="text") if is_users else SAFE
 
 
 def conversation(

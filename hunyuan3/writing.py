@@ -108,13 +108,19 @@ class WritingRun:
 
     @property
     def answer(self) -> str:
-        """The text of an answer: what follows the thinking, if there was any, without control tokens around it."""
+        """The text of an answer, without thinking and without control tokens; "" for none.
+
+        A model that answers a request for a caption between rewrite tags has answered, too.
+        """
+        tokens = self.folder.tokens
+        said = _without(self.ids, tokens.think, tokens.think_end)
+        plain = self._words(_without(said, tokens.recaption, tokens.recaption_end))
+        return plain or self._words(said)
+
+    def _words(self, ids: list[int]) -> str:
         tokens = self.folder.tokens
         drop = {tokens.answer, tokens.answer_end, tokens.boi, tokens.eoi, tokens.size, tokens.img, *tokens.ratios}
-        ids = self.ids
-        for closing in (tokens.think_end, tokens.recaption_end):
-            if closing in ids:
-                ids = ids[len(ids) - ids[::-1].index(closing) :]
+        drop |= {tokens.think, tokens.think_end, tokens.recaption, tokens.recaption_end}
         return self.folder.tokenizer.decode([token for token in ids if token not in drop]).strip()
 
     @property
@@ -157,7 +163,7 @@ def text_rows(folder: ModelFolder, request: TextRequest, plan: StagePlan) -> Seq
         sections,
         folder.tokens,
         folder.tokenizer,
-        control_tokens=control_tokens(request.system_prompt, request.reference),
+        control_tokens=control_tokens(request.system_prompt, system, request.custom_system_prompt, request.reference),
         max_length=folder.max_length,
     )
     return rows_of(folder, (sequence,))
@@ -167,3 +173,16 @@ def default_sampling(folder: ModelFolder) -> SamplingOptions:
     """The checkpoint's own sampling settings."""
     own = folder.generation
     return SamplingOptions(own.do_sample, own.temperature, own.top_k, own.top_p, own.repetition_penalty)
+
+
+def _without(ids: list[int], opening: int, closing: int) -> list[int]:
+    """Tokens outside of such a pair, which may be open at the end."""
+    kept, inside = [], False
+    for token in ids:
+        if token == opening:
+            inside = True
+        elif token == closing and inside:
+            inside = False
+        elif not inside:
+            kept.append(token)
+    return kept

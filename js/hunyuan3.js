@@ -13,12 +13,12 @@ import { colorSockets } from "./socket_colors.js"
 import { TextView } from "./text_view.js"
 
 /** @typedef {Parameters<NonNullable<import("@comfyorg/comfyui-frontend-types").ComfyExtension["nodeCreated"]>>[0]} Node */
-/** @typedef {{node: string, stage: string, text: string}} TextEvent */
+/** @typedef {{node: string, stage: string, text: string, workflow?: string | null}} TextEvent */
 /**
  * What the published types leave out of a node.
  * @typedef {object} MoreOfNode
  * @property {(name: string, type: string, element: HTMLElement, options: DomWidgetOptions) => {serialize?: boolean}} addDOMWidget
- * @property {((output: {text?: unknown}) => void) | undefined} onExecuted
+ * @property {((output: {text?: unknown, hunyuan3_workflow?: unknown[]}) => void) | undefined} onExecuted
  */
 /**
  * @typedef {object} DomWidgetOptions
@@ -85,7 +85,7 @@ function addView(node) {
     }
     node.onExecuted = function (output) {
         onExecuted?.call(this, output)
-        if (!Array.isArray(output?.text)) return
+        if (!Array.isArray(output?.text) || !isOpen(output.hunyuan3_workflow?.[0])) return
         const text = output.text.join("\n")
         keep(this, text)
         view.end(text)
@@ -103,8 +103,17 @@ function zoom(event) {
     app.canvas.processMouseWheel(event)
 }
 
+/**
+ * Whether a text belongs to the workflow that is open: another one may have a node of the same number.
+ * @param {unknown} workflow its id, if the server knows it
+ */
+function isOpen(workflow) {
+    return !workflow || workflow === (app.rootGraph ?? app.graph).id
+}
+
 /** @param {TextEvent} event */
-function onText({ node: id, stage, text }) {
+function onText({ node: id, stage, text, workflow }) {
+    if (!isOpen(workflow)) return
     const node = nodeOf(app.rootGraph ?? app.graph, id)
     const view = node && views.get(node)
     if (!view) return

@@ -70,7 +70,7 @@ class Hunyuan3Ask(io.ComfyNode):
             custom_system_prompt=custom_system_prompt,
             history=earlier.messages,
         )
-        progress = NodeProgress(cls.hidden.unique_id)
+        progress = NodeProgress(cls.hidden.unique_id, cls.hidden.extra_pnginfo)
         run = write(
             model,
             request,
@@ -82,14 +82,16 @@ class Hunyuan3Ask(io.ComfyNode):
             max_new_tokens=max_new_tokens,
             posterior=shown.posterior,
         )
-        answer, shown_text = run.answer, f"{run.answer}{cut_off(run)}"
+        answer = run.answer
+        remark = cut_off(run) or ("" if answer else " (the model gave no answer)")
+        shown_text = f"{answer}{remark}".strip()
         progress.stream("done", shown_text)
-        progress.log(f"answered in {len(run.ids)} tokens{cut_off(run)}")
+        progress.log(f"answered in {len(run.ids)} tokens{remark}")
         note_in_png(cls.hidden.extra_pnginfo, cls.hidden.unique_id, used_by(model, run, seed, answer))
         turn = [Message("user", picture.in_template()) for picture in shown.pictures[len(earlier.pictures) :]]
         turn += [Message("user", prompt), Message("assistant", answer)]
         later = Conversation((*earlier.messages, *turn), shown.pictures, folder.fingerprint, shown.posterior)
-        return io.NodeOutput(answer, later, ui={"text": [shown_text]})
+        return io.NodeOutput(answer, later, ui=progress.shown(shown_text))
 
 
 class Hunyuan3Continue(io.ComfyNode):

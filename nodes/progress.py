@@ -14,10 +14,14 @@ _INTERVAL = 0.1  # seconds between two updates: messages queue up without back-p
 
 
 class NodeProgress:
-    """The bar and the text of one node during one execution."""
+    """The bar and the text of one node during one execution.
 
-    def __init__(self, node_id: str | None) -> None:
+    extra_pnginfo: what the page sends along for PNG files; it tells which workflow the node is in.
+    """
+
+    def __init__(self, node_id: str | None, extra_pnginfo: dict[str, Any] | None = None) -> None:
         self.node_id = node_id
+        self.workflow = ((extra_pnginfo or {}).get("workflow") or {}).get("id")
         self._last = 0.0
         self._stage = ""
 
@@ -49,10 +53,15 @@ class NodeProgress:
         mm.throw_exception_if_processing_interrupted()
         self.text(text or stage)
         server = getattr(PromptServer, "instance", None)
-        if server is not None and self.node_id is not None:
-            prompt_id = getattr(server, "last_prompt_id", None)
-            told = {"prompt_id": prompt_id, "node": self.node_id, "stage": stage, "text": text}
-            server.send_sync(TEXT_EVENT, told, server.client_id)
+        if server is None or server.client_id is None or self.node_id is None:
+            return  # nobody asked to be told: without a client it would go to every page
+        told = {"node": self.node_id, "stage": stage, "text": text, "workflow": self.workflow}
+        told["prompt_id"] = getattr(server, "last_prompt_id", None)
+        server.send_sync(TEXT_EVENT, told, server.client_id)
+
+    def shown(self, text: str) -> dict[str, list[str]]:
+        """The text as the node's output, with the workflow that it belongs to where that is known."""
+        return {"text": [text]} | ({"hunyuan3_workflow": [self.workflow]} if self.workflow else {})
 
     def log(self, text: str) -> None:
         """Writes a line to the log."""

@@ -1,7 +1,7 @@
 """Hunyuan3Think: the model reasons about a prompt, rewrites it and chooses the picture's shape."""
 
 from ..hunyuan3.text.template import Message
-from ..hunyuan3.text.trace import close_trace, recaption_body, think_body
+from ..hunyuan3.text.trace import recaption_body, think_body, tidy_trace
 from ..hunyuan3.writing import TextRequest, choosing_ratio, thinking
 from .compat import io, require_choice, schema
 from .io_types import Conversation, HunyuanConversation, HunyuanModel, ModelHandle, PictureSet
@@ -87,7 +87,7 @@ class Hunyuan3Think(io.ComfyNode):
         )
         only_ratio = task == "img_ratio"
         plan = choosing_ratio(folder) if only_ratio else thinking(folder, task, need_ratio=True)
-        progress = NodeProgress(cls.hidden.unique_id)
+        progress = NodeProgress(cls.hidden.unique_id, cls.hidden.extra_pnginfo)
         run = write(
             model,
             request,
@@ -99,9 +99,11 @@ class Hunyuan3Think(io.ComfyNode):
             max_new_tokens=max_new_tokens,
             posterior=shown.posterior,
         )
-        trace = "" if only_ratio else close_trace(run.trace)
+        trace = "" if only_ratio else tidy_trace(run.trace)
         size = run.resolution.size
         remark = cut_off(run, "the model ended its text early")
+        if not remark and "recaption" in task and not recaption_body(trace):
+            remark = " (the model wrote no rewritten prompt)"
         text = f"{trace}\n\n{size.width}x{size.height}{remark}".strip()
         progress.stream("done", text)
         progress.log(f"thought {len(run.ids)} tokens, {size.width}x{size.height}{remark}")
@@ -112,5 +114,5 @@ class Hunyuan3Think(io.ComfyNode):
             turn.append(Message("assistant", trace))
         later = Conversation((*earlier.messages, *turn), shown.pictures, folder.fingerprint, shown.posterior)
         return io.NodeOutput(
-            think_body(trace), recaption_body(trace), trace, size.width, size.height, later, ui={"text": [text]}
+            think_body(trace), recaption_body(trace), trace, size.width, size.height, later, ui=progress.shown(text)
         )

@@ -42,21 +42,30 @@ class VisionPatches(NamedTuple):
     grid: Grid
 
 
-def load_picture(source: str | Path | Image.Image) -> Image.Image:
+def load_picture(source: str | Path | Image.Image, *, reference: bool = False) -> Image.Image:
     """A file or an opened picture -> RGB, upright.
 
-    EXIF orientation is applied first. The conversion is Pillow's plain one, as in the reference: transparency is
-    dropped (the colours underneath show), 16-bit grey is clipped at 255, not scaled. Raises RequestError.
+    EXIF orientation is applied first. Transparency is dropped (the colours underneath show), 16-bit grey is scaled to
+    8 bits; the `reference` clips it at 255, which leaves little but white. Raises RequestError.
     """
     if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source).convert("RGB")
+        return _to_rgb(source, reference)
     try:
         with Image.open(source) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return _to_rgb(picture, reference)
     except FileNotFoundError:
         raise RequestError(f"There is no picture {source}.") from None
     except Exception as error:  # Pillow's readers raise all sorts: OSError, SyntaxError, ValueError, RuntimeError ...
         raise RequestError(f"{source} cannot be read as a picture ({error}).") from error
+
+
+def _to_rgb(picture: Image.Image, reference: bool) -> Image.Image:
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I") and not reference:  # I;16 and its byte orders; older Pillow reads them as I
+        values = np.asarray(upright).astype(np.float64)
+        if upright.mode != "I" or values.max() > 255:
+            upright = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def picture_of(pixels: Tensor) -> Image.Image:

@@ -38,21 +38,51 @@ def split_trace(trace: str, drop_think: bool = False) -> tuple[TracePart, ...]:
     return (TracePart(trace, False),) if trace else ()
 
 
-def close_trace(trace: str) -> str:
-    """Adds the closing tags that a trace lacks, because the token budget ran out or a hand deleted them.
+def tidy_trace(trace: str) -> str:
+    """A trace that `split_trace` reads without losing a word: each kind of tag once, opened and closed.
 
-    The reference leaves it open, which wraps the whole text in answer tags and replaces even the tags in the
-    unconditional branch: the picture then hardly follows it. A think tag inside a rewrite is one of its words.
+    A tag left open is closed (the token budget ran out, a hand deleted it), where the other kind begins or at the end.
+    A tag inside a body and a closing tag without its opening one are dropped, their words stay. A second body of the
+    same kind joins the first. A trace that needs none of this comes back as it is.
+
+    The reference reads such traces as they stand: an open tag has the whole text wrapped in answer tags and replaces
+    even the tags in the unconditional branch (the picture then hardly follows it), words after a second closing tag are
+    lost.
     """
-    thinking, rewrite, rest = trace.partition(RECAPTION[0])
-    if rewrite and THINK[1] not in rest:
-        if thinking.rfind(THINK[0]) > thinking.rfind(THINK[1]):
-            thinking += THINK[1]
-        return thinking + rewrite + rest + ("" if RECAPTION[1] in rest else RECAPTION[1])
-    for opening, closing in (RECAPTION, THINK):
-        if trace.rfind(opening) > trace.rfind(closing):
-            return trace + closing
-    return trace
+    parts: list[tuple[tuple[str, str] | None, str]] = []  # (tags or None for loose words, text)
+    while trace:
+        at, tags = min(
+            ((trace.find(kind[0]), kind) for kind in (THINK, RECAPTION) if kind[0] in trace), default=(-1, None)
+        )
+        if tags is None:
+            parts.append((None, trace))
+            break
+        parts.append((None, trace[:at]))
+        body = trace[at + len(tags[0]) :]
+        other = RECAPTION if tags is THINK else THINK
+        stop = next((mark for mark in (tags[1], other[0]) if mark in body), "")
+        body, _, rest = body.partition(stop) if stop else (body, "", "")
+        _join(parts, tags, body)
+        trace = rest if stop == tags[1] else stop + rest
+    return "".join(
+        text if tags is None else tags[0] + text + tags[1]
+        for tags, text in ((tags, _without_tags(text)) for tags, text in parts)
+    )
+
+
+def _join(parts: list[tuple[tuple[str, str] | None, str]], tags: tuple[str, str], body: str) -> None:
+    """Adds a body, to the one of the same kind if there is one."""
+    for index, (kind, text) in enumerate(parts):
+        if kind is tags:
+            parts[index] = (tags, f"{text}\n{body}")
+            return
+    parts.append((tags, body))
+
+
+def _without_tags(text: str) -> str:
+    for tag in (*THINK, *RECAPTION):
+        text = text.replace(tag, "")
+    return text
 
 
 def thinks(trace: str) -> bool:

@@ -97,7 +97,7 @@ def test_no_pictures_are_none(model):
 def test_any_mode_is_read(model, tmp_path, mode):
     rgb = noise(40, 40)
     if mode == "I;16":
-        picture = Image.fromarray(np.array(rgb.convert("L")).astype(np.uint16))
+        picture = Image.fromarray(np.array(rgb.convert("L")).astype(np.uint16) * 257)
     elif mode == "P":
         picture = rgb.quantize(16)
     else:
@@ -105,9 +105,18 @@ def test_any_mode_is_read(model, tmp_path, mode):
     name = "picture.tiff" if mode in ("CMYK", "F", "I", "YCbCr") else "picture.png"
     loaded = load_picture(saved(picture, tmp_path, name))
     assert (loaded.mode, loaded.size) == ("RGB", (40, 40))
+    if mode in ("L", "I;16", "I"):
+        assert loaded.tobytes() == rgb.convert("L").convert("RGB").tobytes()
     (encoded,) = encode(model, [loaded])
     assert encoded.tokens.isfinite().all()
     assert encoded.posterior.mean.isfinite().all()
+
+
+def test_sixteen_bits_are_scaled_and_clipped_only_for_the_reference(tmp_path):
+    ramp = Image.fromarray(np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16))
+    path = saved(ramp, tmp_path, "ramp.png")
+    assert np.abs(np.array(load_picture(path))[..., 0].ravel().astype(int) - np.arange(256)).max() <= 1
+    assert (np.array(load_picture(path, reference=True)) == 255).mean() > 0.99
 
 
 def test_transparency_is_dropped_not_blended(model, tmp_path):

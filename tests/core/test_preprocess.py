@@ -55,7 +55,7 @@ def aligned_scenarios():
 
 @pytest.mark.parametrize("name, index, meta, checkpoint_name, path", recorded_pictures())
 def test_the_vae_sees_the_recorded_pixels(name, index, meta, checkpoint_name, path):
-    picture = load_picture(path)
+    picture = load_picture(path, reference=True)
     for how, stretch in (("center", False), ("resize", True)):
         said = meta[f"vae_{how}"]
         assert size_of(picture) == (said["ori_image_height"], said["ori_image_width"])
@@ -67,7 +67,9 @@ def test_the_vae_sees_the_recorded_pixels(name, index, meta, checkpoint_name, pa
 @pytest.mark.parametrize("name, index, meta, checkpoint_name, path", recorded_pictures())
 def test_the_vision_tower_sees_the_recorded_patches(name, index, meta, checkpoint_name, path):
     vision = ModelConfig.from_folder(checkpoint(checkpoint_name)).vision
-    patches = vision_patches(load_picture(path), max_num_patches=vision.max_num_patches, patch_size=vision.patch_size)
+    patches = vision_patches(
+        load_picture(path, reference=True), max_num_patches=vision.max_num_patches, patch_size=vision.patch_size
+    )
     recorded = recorded_tensor(name, f"img{index}.vit_pixel_values")
     assert torch.equal(patches.pixels, recorded), f"largest difference {(patches.pixels - recorded).abs().max():.2e}"
     assert torch.equal(patches.mask, recorded_tensor(name, f"img{index}.vit_mask"))

@@ -2,7 +2,7 @@ import pytest
 
 from hunyuan3.errors import RequestError
 from hunyuan3.text.template import TEMPLATES, InputPicture, Message, OutputPicture, TextSection, request_messages
-from hunyuan3.text.trace import close_trace, recaption_only, split_trace, thinks
+from hunyuan3.text.trace import recaption_only, split_trace, thinks, tidy_trace
 from hunyuan3.types import Grid
 from tests.core.golden_requests import Checkpoint, checkpoint_name, template_rows, template_sections
 
@@ -87,29 +87,39 @@ def test_a_truncated_trace_is_treated_like_plain_text_unless_closed_first():
     truncated = "<think>plan that never"
     messages = request_messages("fox", trace=truncated, draw=DRAW)
     assert f"<answer>{truncated}</answer>" in texts(INSTRUCT.image_sections(messages))
-    messages = request_messages("fox", trace=close_trace(truncated), draw=DRAW)
+    messages = request_messages("fox", trace=tidy_trace(truncated), draw=DRAW)
     assert replaceable(INSTRUCT.image_sections(messages)) == ["fox", "plan that never"]
 
 
 @pytest.mark.parametrize(
-    ("trace", "closed"),
+    ("trace", "tidy"),
     [
         ("<think>a", "<think>a</think>"),
         ("<think>a</think><recaption>b", "<think>a</think><recaption>b</recaption>"),
         (FULL_TRACE, FULL_TRACE),
         ("<think>a<recaption>b</recaption>", "<think>a</think><recaption>b</recaption>"),
         ("<think>a<recaption>b", "<think>a</think><recaption>b</recaption>"),
-        ("<recaption>a sign that says <think></recaption>", "<recaption>a sign that says <think></recaption>"),
+        ("<recaption>a sign that says <think></recaption>", "<recaption>a sign that says </recaption>"),
         (
             "<think>next is <recaption></think><recaption>b",
-            "<think>next is <recaption></think><recaption>b</recaption>",
+            "<think>next is </think><recaption>b</recaption>",
         ),
+        ("<think>a</think><recaption>b</think>c</recaption>", "<think>a</think><recaption>bc</recaption>"),
+        ("<recaption>a</recaption><recaption>b</recaption>", "<recaption>a\nb</recaption>"),
+        ("<recaption>a</recaption><think>b", "<recaption>a</recaption><think>b</think>"),
+        ("x</think><think>a</think>y", "x<think>a</think>y"),
+        ("</recaption>", ""),
+        ("<think>a<recaption>b</think>c</recaption>", "<think>ab</think>c"),
+        ("a<recaption>b</recaption>c", "a<recaption>b</recaption>c"),
         ("plain", "plain"),
         ("", ""),
     ],
 )
-def test_closing_adds_only_the_missing_tag(trace, closed):
-    assert close_trace(trace) == closed
+def test_a_tidy_trace_has_every_word_and_each_tag_once(trace, tidy):
+    assert tidy_trace(trace) == tidy
+    assert tidy_trace(tidy) == tidy
+    kept = "".join(part.text for part in split_trace(tidy))
+    assert kept == tidy, "nothing of it is lost when it is read"
 
 
 @pytest.mark.parametrize(

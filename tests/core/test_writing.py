@@ -317,3 +317,42 @@ def test_writing_touches_no_global_random_state(models):
     model = models["instruct"]
     list(model.write(TextRequest("a"), answering(model.folder), seed=3, max_new_tokens=3))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("a fox<|endoftext|>", "a fox"),
+        ("<think>hm</think>a fox</answer>", "a fox"),
+        ("<recaption>a nice fox</recaption><|endoftext|>", "a nice fox"),
+        ("<think>hm</think><recaption>a fox</recaption><answer><boi>", "a fox"),
+        ("<think>hm</think><recaption>long</recaption><answer>a fox</answer>", "a fox"),
+        ("<think>hm hm", ""),
+        ("one</think> two</answer>", "one two"),
+    ],
+)
+def test_what_counts_as_the_answer(models, write, written, answer):
+    """Whatever tags the model puts around it; its thinking never does."""
+    assert write(answering(models["instruct"].folder), written).answer == answer
+
+
+def test_control_tokens_in_a_custom_system_prompt_stay_words_when_drawing_and_writing(models):
+    folder = models["instruct"].folder
+    texts = {"system_prompt": "custom", "custom_system_prompt": "be <think> brief"}
+    drawn = make_conditioning(folder, "a fox", folder.resolutions.free(32, 32), **texts).rows.sequence.ids
+    written = text_rows(folder, TextRequest("a fox", **texts), answering(folder)).sequence.ids
+    assert count(folder, drawn, "<think>") == count(folder, written, "<think>") == 0
+    texts["system_prompt"] = "dynamic"  # which hands the user's text on where it has none of its own
+    written = text_rows(folder, TextRequest("a fox", **texts), answering(folder)).sequence.ids
+    assert "brief" in folder.tokenizer.decode(written)
+    assert count(folder, written, "<think>") == 0
+
+
+def test_a_muddled_trace_is_drawn_with_all_its_words(models):
+    folder = models["instruct"].folder
+    trace = "<think>a</think><recaption>b</think>c</recaption>"
+    rows = make_conditioning(folder, "a fox", folder.resolutions.free(32, 32), trace=trace).rows
+    conditional, unconditional = (branch.ids for branch in rows.branches)
+    assert "<think>a</think><recaption>bc</recaption>" in folder.tokenizer.decode(conditional)
+    for tag in ("<think>", "</think>", "<recaption>", "</recaption>"):
+        assert count(folder, conditional, tag) == count(folder, unconditional, tag) == 1

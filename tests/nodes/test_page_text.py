@@ -158,6 +158,21 @@ def test_stopped_run_leaves_what_was_written(page: ComfyPage, think: str):
     assert shown(page, think) == "ThinkingHalf a thou"
 
 
+def test_text_of_another_workflow_stays_away(page: ComfyPage, think: str):
+    """Another workflow may have a node of the same number, and be the one that runs while this one is open."""
+    page.js(SEND, [think, "think", "<think>ours"])
+    for workflow, expected in (("another-id", "Thinkingours"), (page.js("() => app.graph.id"), "Thinkingtheirs")):
+        event = {"node": think, "stage": "think", "text": "<think>theirs", "workflow": workflow}
+        page.js("event => app.api.dispatchCustomEvent('hunyuan3.text', event)", event)
+        assert shown(page, think) == expected
+    output = {"text": ["<think>elsewhere"], "hunyuan3_workflow": ["another-id"]}
+    page.js(f"([id, output]) => ({NODE})(id).onExecuted(output)", [think, output])
+    assert kept(page, think) == "<think>theirs"
+    # What the server sends names the workflow that was queued.
+    page.run()
+    assert kept(page, think) not in ("", "<think>theirs")
+
+
 def test_answer_is_shown_on_ask(page: ComfyPage):
     page.clear()
     loader = page.add_node("Hunyuan3Loader", (0, 0))

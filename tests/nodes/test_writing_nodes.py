@@ -97,6 +97,17 @@ def test_text_streams_to_whoever_listens(comfy_server: ComfyServer, loader: dict
     assert texts[-1] == told.outputs["think"]["text"][0]
 
 
+def test_text_of_a_prompt_without_a_client_goes_to_nobody(comfy_server: ComfyServer, loader: dict):
+    """Sent to all, it would appear on any open page that has a node of the same number."""
+    with Listener(comfy_server) as page:
+        prompt_id = comfy_server.post("/prompt", {"prompt": thinking(loader, seed=25)})["prompt_id"]
+        assert comfy_server.wait(prompt_id)["think"]["text"]
+        page.run(thinking(loader, seed=26))  # its messages come after all of the other's
+        told = [event.data["prompt_id"] for event in page._events if event.kind == "hunyuan3.text"]
+    assert told
+    assert prompt_id not in told
+
+
 def test_a_new_image_seed_leaves_what_was_thought(comfy_server: ComfyServer, loader: dict):
     def drawing(seed: int) -> Prompt:
         size = {"width": 64, "height": 64, "trace": ["think", 2]}
@@ -162,22 +173,30 @@ def test_hard_pictures_are_looked_at(comfy_server: ComfyServer, loader: dict):
     turned = Image.Exif()
     turned[0x0112] = 6
     files = {
+        "plain.png": (plain, {}),
         "transparent.png": (plain.convert("RGBA"), {}),
         "grey.png": (plain.convert("L"), {}),
         "palette.png": (plain.convert("P"), {}),
+        "as palette.png": (plain.convert("P").convert("RGB"), {}),
         "sixteen.png": (Image.fromarray(colours[:, :, 0].astype(np.uint16) * 257), {}),
-        "turned.jpg": (plain, {"exif": turned}),
+        "turned.png": (plain, {"exif": turned}),
+        "as turned.png": (plain.transpose(Image.Transpose.ROTATE_270), {}),
         "tall.png": (plain.resize((4, 900)), {}),
         "pixel.png": (plain.resize((1, 1)), {}),
     }
+    texts = {}
     for name, (picture, options) in files.items():
         picture.save(comfy_server.base / "input" / name, **options)
-        graph = thinking(loader, images=["images", 0], max_new_tokens=2, seed=61) | {
+        graph = thinking(loader, images=["images", 0], max_new_tokens=24, seed=61, sampling="greedy") | {
             "load": node("LoadImage", image=name),
             "images": node("Hunyuan3ImageConditioning", model=["loader", 0], image_1=["load", 0]),
         }
-        text = comfy_server.queue(graph)["think"]["text"][0]
-        assert text.startswith("<think>"), name
+        texts[name] = comfy_server.queue(graph)["think"]["text"][0]
+    # Seen alike where they look alike, and not where they do not.
+    assert texts["turned.png"] == texts["as turned.png"]
+    assert texts["palette.png"] == texts["as palette.png"]
+    assert texts["transparent.png"] == texts["plain.png"]
+    assert len(set(texts.values())) == len(texts) - 3, texts
 
 
 def test_an_unreadable_picture_is_an_error_and_the_next_prompt_runs(comfy_server: ComfyServer, loader: dict):

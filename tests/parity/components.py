@@ -467,7 +467,7 @@ class TemplateSide:
         """A picture of the folder, or what its name says of one that is not there; the recorded grid is not used."""
         path = self.bench.image(file_name)
         if path is not None:
-            size = size_of(load_picture(path))
+            size = size_of(load_picture(path, reference=True))
         elif named := re.search(r"_(\d+)x(\d+)_", file_name):
             size = ImageSize(int(named[2]), int(named[1]))
         else:
@@ -516,7 +516,7 @@ def cond_images(bench: Bench, recording: Recording) -> Iterator[Value | Fact | N
         if path is None:
             absent += 1
             continue
-        picture = load_picture(path)
+        picture = load_picture(path, reference=True)
         size = size_of(picture)
         bucket = table.row(table.nearest(*size))
         for how, stretch in (("center", False), ("resize", True)):

@@ -86,4 +86,4 @@ def input_pictures(bench: Bench, model: Hunyuan3, names: list[str], *, align: bo
     paths = {name: bench.image(name) for name in names}
     if absent := [name for name, path in paths.items() if path is None]:
         raise MissingFeatureError(f"the folder has no picture {', '.join(absent)}")
-    return model.encode_pictures([load_picture(paths[name]) for name in names], align=align)
+    return model.encode_pictures([load_picture(paths[name], reference=True) for name in names], align=align)
