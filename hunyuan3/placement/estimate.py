@@ -5,22 +5,85 @@ import torch
 from ..config import ModelConfig, VAEConfig
 from ..errors import OutOfBudgetError
 
-_STREAM_COPIES = 8  # residual stream, its norm, queries, keys and values, attention's output and their float32 passes
-_SMALLEST_TILE = 96
+# The busiest chunk of experts has so many times the average's pairs. In the published shapes anything below 1.8 is
+# hidden behind `combine`, which follows, and random models reach 1.8.
+_IMBALANCE = 2.0
+SMALLEST_TILE = 96
 # Peak of live activations in float32 pictures of the widest level, by the size of the weights' dtype: counted on the
 # meta device at 1024x1024 (3.25 in float32, 2.5 in float16), and a fifth more for the convolutions' workspace.
 _VAE_COPIES = {4: 4.0, 2: 3.0}
 
 
-def sampling_bytes(config: ModelConfig, rows: int, tokens: int, dtype: torch.dtype) -> int:
-    """Key-value cache and activations of a denoise run of `rows` sequences of `tokens` tokens."""
-    size = dtype.itemsize
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * rows * tokens * size
-    stream = _STREAM_COPIES * config.hidden_size * rows * tokens * 4
-    pairs = rows * tokens * max(config.moe.top_k)
-    # Gathered input, both halves, their product, output: what the grouped backend holds at once.
-    experts = pairs * (2 * config.hidden_size + 3 * max(config.moe.intermediate_size)) * size
-    return cache + stream + experts
+def sampling_bytes(
+    config: ModelConfig,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    at_once: int | None = None,
+    experts_at_once: int | None = None,
+    scratch: int = 0,
+) -> int:
+    """Key-value cache and activations of a denoise run of `rows` sequences of `tokens` tokens.
+
+    The optional arguments are those of `activation_bytes`.
+    """
+    activations = activation_bytes(
+        config, rows, tokens, dtype, at_once=at_once, experts_at_once=experts_at_once, scratch=scratch
+    )
+    return cache_bytes(config, rows, tokens, dtype) + activations
+
+
+def cache_bytes(config: ModelConfig, rows: int, tokens: int, dtype: torch.dtype) -> int:
+    """Keys and values of `rows` sequences of `tokens` tokens in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * rows * tokens * dtype.itemsize
+
+
+def activation_bytes(
+    config: ModelConfig,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    at_once: int | None = None,
+    experts_at_once: int | None = None,
+    scratch: int = 0,
+) -> int:
+    """The most that is alive at once while `rows` sequences of `tokens` tokens go through the stack, without the cache.
+
+    Counted in the code (generate.denoise, transformer, moe) tensor by tensor; `tests/core/test_plan.py` counts the
+    living storages of real runs and compares.
+
+    Args:
+        at_once: tokens of a row that go through the stack together; fewer than all where the prompt is a pass of its
+            own (a prefix store). None: all.
+        experts_at_once: of a layer; None: all (the grouped backend on a resident bank).
+        scratch: bytes for reading that many experts' stored weights back (see `placement.plan.PartSizes`).
+    """
+    size, width = dtype.itemsize, config.hidden_size
+    queries = config.num_heads * config.head_dim
+    projected = queries + 2 * config.num_kv_heads * config.head_dim
+    n = rows * (tokens if at_once is None else at_once)
+    # The embedded sequence, what goes into the stack and the picture in it; then the layer's input.
+    stream = (rows * tokens + 3 * n) * width * size
+    # The norm's output, the projection, the queries cut out of it, three float32 passes over them.
+    attention = n * ((width + projected + queries) * size + 3 * queries * 4)
+    moe = 0
+    for top_k, inner, shared in zip(
+        config.moe.top_k, config.moe.intermediate_size, config.moe.num_shared_experts, strict=True
+    ):
+        share = 1.0
+        if experts_at_once is not None and experts_at_once < config.moe.num_experts:
+            share = min(1.0, _IMBALANCE * experts_at_once / config.moe.num_experts)
+        # Per pair: gathered input and both halves; or both halves, gate, product; or these but the gate, and output.
+        run = int(n * top_k * share * max(width + 2 * inner, 4 * inner, width + 3 * inner) * size) + scratch
+        mlp = n * max(4 * inner * shared, width + 3 * inner * shared) * size
+        # The shared MLP's output, a choice's rows, and two float32 passes: the sum and the choice or its product.
+        combine = n * width * (size + (8 if size == 4 else 8 + size))
+        # The residual stream after attention, its norm, every pair's output; the router's tables are small.
+        held = n * (2 * width + top_k * width) * size + n * (12 * config.moe.num_experts + 40 * top_k)
+        moe = max(moe, held + max(run, mlp, combine))
+    return stream + max(attention, moe)
 
 
 def decode_bytes(vae: VAEConfig, height: int, width: int, dtype: torch.dtype) -> int:
@@ -38,11 +101,11 @@ def decode_tile_size(vae: VAEConfig, height: int, width: int, dtype: torch.dtype
     if needed <= free_bytes:
         return None
     tile = vae.sample_size
-    while tile >= _SMALLEST_TILE:
+    while tile >= SMALLEST_TILE:
         if decode_bytes(vae, min(tile, height), min(tile, width), dtype) <= free_bytes:
             return tile
         tile //= 2
-    smallest = decode_bytes(vae, _SMALLEST_TILE, _SMALLEST_TILE, dtype)
+    smallest = decode_bytes(vae, SMALLEST_TILE, SMALLEST_TILE, dtype)
     raise OutOfBudgetError(
         f"Decoding {width}x{height} needs {needed / 2**30:.1f} GiB whole and {smallest / 2**30:.2f} GiB in the "
         f"smallest tiles; {max(free_bytes, 0) / 2**30:.2f} GiB are free. Close other programs that use the card."
