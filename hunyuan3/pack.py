@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 from .callbacks import CheckCancelled, never_cancelled
-from .checkpoint.index import INDEX_NAME, open_shard
+from .checkpoint.index import INDEX_NAME
 from .checkpoint.keymap import Slot, transformer_slots
 from .checkpoint.manifest import PACK_NAME, UNFINISHED_NAME, PackedFile, PackManifest, write_json
-from .checkpoint.shard import SAFETENSORS_DTYPES, ShardWriter, StoredTensor
+from .checkpoint.read import TORCH_DTYPES, TensorReader
+from .checkpoint.shard import ShardWriter, StoredTensor
 from .config import read_json
 from .errors import CheckpointError, Hunyuan3Error, OutOfBudgetError, RequestError
 from .folder import ModelFolder, Networks
@@ -35,7 +36,6 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial")
 _SMALL = 64 * 2**20  # larger files beside the weights are not what a loader reads
 _SPARE = 2**26  # bytes of the disk that stay free
 _GB = 1e9
-_TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,10 @@ def pack(
     for name, tensors in layout.files.items():
         was_there = name in finished
         if not was_there:
-            with ShardWriter(out / name, tensors) as writer:
+            with ShardWriter(out / name, tensors) as writer, TensorReader() as reader:
                 for published in layout.sources[name]:
                     check_cancelled()
-                    with open_shard(source.index[published].file) as file:
-                        tensor = file.get_tensor(published)
+                    tensor = reader.get(source.index[published])
                     for key, stored in transform(published, tensor) if transform else ((published, tensor),):
                         _file, stored_name, row = layout.places[key]
                         writer.write(stored_name, stored, row)
@@ -140,7 +139,7 @@ def _lay_out(source: ModelFolder, weight_format: str) -> _Layout:
             stored = StoredTensor(name, parameter.dtype, tuple(parameter.shape))
         else:
             shape = slot.shape if slot.expert is None else tuple(parameters[slot.parameter].shape)
-            stored = StoredTensor(name, _TORCH_DTYPES[source.index[key].dtype], shape)
+            stored = StoredTensor(name, TORCH_DTYPES[source.index[key].dtype], shape)
         if files.setdefault(file, {}).setdefault(name, stored) != stored:
             raise CheckpointError(f"{source.path}: the experts of {name} are not all of one dtype.")
         if key in source.index:  # scales are in no file of the source

@@ -159,7 +159,7 @@ class Machine:
         """One per card, rates of the largest known card that is not larger."""
         budgets = []
         for index, card in enumerate(self.cards):
-            compute, memory = _CARDS[max((size for size in _CARDS if size <= card), default=min(_CARDS))]
+            compute, memory = rates_of_card(card)
             nbytes = max(0, int(card * _GIB) - _CONTEXT)
             budgets.append(DeviceBudget(f"cuda:{index}", nbytes, Rate(compute), Rate(memory), self.link))
         return budgets
@@ -169,6 +169,11 @@ class Machine:
         usable = max(0, int(self.ram * _GIB) - _SYSTEM)
         pinned = min(usable, int(self.ram * _PINNED_SHARE * _GIB))
         return HostBudget(pinned, usable - pinned, disk=self.disk)
+
+
+def rates_of_card(gib: float) -> tuple[float, float]:
+    """(FLOP/s, bytes/s of its memory) of the largest known card that is not larger than this; assumed."""
+    return _CARDS[max((size for size in _CARDS if size <= gib * 1.02 + 0.5), default=min(_CARDS))]
 
 
 def table(config: ModelConfig, work: Workload, formats: Sequence[str], disk: Rate = _NO_DISK) -> str:

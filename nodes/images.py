@@ -1,16 +1,23 @@
 """Hunyuan3ImageConditioning: input pictures, encoded once per graph."""
 
+from collections.abc import Sequence
+
 import torch
+from PIL import Image
 
 from ..hunyuan3.errors import RequestError
-from ..hunyuan3.pictures import require_room_for
+from ..hunyuan3.pictures import EncodedPicture, require_room_for
 from ..hunyuan3.placement.estimate import decode_bytes
+from ..hunyuan3.placement.out_of_memory import raised_in
 from ..hunyuan3.types import ImageSize
+from ..hunyuan3.vision import siglip2
 from .compat import io, require_choice, schema
 from .convert import pictures_of
 from .io_types import HunyuanImages, HunyuanModel, ModelHandle, PictureSet
 from .memory import bring_to_device
+from .out_of_memory import EVERYTHING_ELSE, smaller_vae, with_one_retry
 from .progress import NodeProgress, check_cancelled
+from .vae import smaller_tile
 from .writing import TRAINED_FOR
 
 _SOCKETS = tuple(f"image_{index}" for index in range(1, 7))
@@ -77,11 +84,41 @@ class Hunyuan3ImageConditioning(io.ComfyNode):
         progress = NodeProgress(cls.hidden.unique_id)
         core = model.model
         require_room_for(core.folder, [ImageSize(picture.height, picture.width) for picture in pictures])
-        largest = max(core.folder.resolutions.rows, key=lambda size: size.height * size.width)
-        work = decode_bytes(core.folder.config.vae, *largest, core.options.vae_dtype)
-        bring_to_device((model.vae, model.vision), work, progress)
-        progress.text(f"encode {len(pictures)} pictures")
-        encoded = core.encode_pictures(pictures, align=align, check_cancelled=check_cancelled)
+        encoded = encode(model, pictures, align, progress)
         warning = f" (trained for up to {TRAINED_FOR})" if len(encoded) > TRAINED_FOR else ""
         progress.report(f"{len(encoded)} {'picture' if len(encoded) == 1 else 'pictures'}{warning}")
         return io.NodeOutput(PictureSet(encoded, align, posterior, core.folder.fingerprint))
+
+
+def encode(
+    model: ModelHandle, pictures: Sequence[Image.Image], align: bool, progress: NodeProgress
+) -> tuple[EncodedPicture, ...]:
+    """Encodes pictures with both networks brought to their device.
+
+    If memory runs out they are encoded anew: where it was the VAE, in tiles. The vision tower sees a picture whole.
+    """
+    core, parts = model.model, (model.vae, model.vision)
+    table = core.folder.resolutions
+    fitted = [table.row(table.nearest(picture.height, picture.width)).size for picture in pictures]
+    largest = max(fitted, key=lambda size: size.height * size.width)
+    work = decode_bytes(core.folder.config.vae, *largest, core.options.vae_dtype)
+
+    def attempt(tile_size: int | None) -> tuple[EncodedPicture, ...]:
+        bring_to_device(parts, work, progress, advice=smaller_vae(model))
+        progress.text(f"encode {len(pictures)} pictures")
+        return core.encode_pictures(pictures, align=align, tile_size=tile_size, check_cancelled=check_cancelled)
+
+    def smaller(_whole: None, error: Exception) -> tuple[int | None, str]:
+        tile = None if raised_in(error, siglip2) else smaller_tile(model, largest, None)
+        return tile, EVERYTHING_ELSE if tile is None else f"in tiles of {tile} pixels, {EVERYTHING_ELSE}"
+
+    return with_one_retry(
+        "encoding pictures",
+        attempt,
+        None,
+        smaller,
+        parts=parts,
+        expected=lambda _tile: work,
+        advice=lambda _tile: smaller_vae(model),
+        tell=progress.text,
+    )

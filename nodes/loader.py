@@ -16,7 +16,8 @@ from ..hunyuan3.quant.policy import FORMATS
 from .compat import io, require_choice, schema
 from .folders import checkpoint_names, checkpoint_path
 from .io_types import HunyuanModel, ModelHandle
-from .memory import GIB, PartPatcher
+from .memory import GIB, Budget, PartPatcher
+from .plan import describe_plan
 from .progress import NodeProgress
 
 _PARSED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "system_prompt.py")
@@ -94,13 +95,33 @@ class Hunyuan3Loader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "format",
-                    options=list(FORMATS),
-                    default="bf16",
+                    options=["auto", *FORMATS],
+                    default="auto",
                     optional=True,
                     tooltip=(
-                        "How the large matrices are kept: as published (163 GB), fp8 or int8 (83 GB; int8 is the more "
-                        "exact), int4 (49 GB). They are converted while loading; the arithmetic stays in 'dtype'."
+                        "How the large matrices are kept: 'auto' as in the folder, bf16 as published (163 GB), "
+                        "fp8 or int8 (83 GB; int8 is the more exact), int4 (49 GB). They are converted while loading; "
+                        "the arithmetic stays in 'dtype', but '_dynamic' quantises the activations, too: faster where "
+                        "the device has such products."
                     ),
+                ),
+                io.Float.Input(
+                    "vram_budget",
+                    default=0.0,
+                    min=0.0,
+                    max=4096.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip="GiB of the device that this model and its work may take; 0: what ComfyUI can give.",
+                ),
+                io.Float.Input(
+                    "ram_budget",
+                    default=0.0,
+                    min=0.0,
+                    max=65536.0,
+                    step=1.0,
+                    optional=True,
+                    tooltip="GiB of host memory that its weights may take while they are evicted; 0: what is free.",
                 ),
             ],
             outputs=[HunyuanModel.Output("model", display_name="model", tooltip="For all other Hunyuan3 nodes.")],
@@ -129,9 +150,12 @@ class Hunyuan3Loader(io.ComfyNode):
         router: str = "reference",
         vae_dtype: str = "auto",
         attention: str = "auto",
-        format: str = "bf16",
+        format: str = "auto",
+        vram_budget: float = 0.0,
+        ram_budget: float = 0.0,
     ) -> io.NodeOutput:
         require_choice("checkpoint", checkpoint, checkpoint_names())
+        budget = Budget(_bytes("vram_budget", vram_budget), _bytes("ram_budget", ram_budget))
         model = Hunyuan3.open(
             checkpoint_path(checkpoint),
             variant=variant,
@@ -146,13 +170,15 @@ class Hunyuan3Loader(io.ComfyNode):
         handle = ModelHandle(
             name=checkpoint,
             model=model,
-            transformer=PartPatcher.of(model.placed_transformer, model.prefixes),
-            vae=PartPatcher.of(model.placed_vae),
-            vision=PartPatcher.of(model.placed_vision),
+            transformer=PartPatcher.of(model.placed_transformer, model.prefixes, budget),
+            vae=PartPatcher.of(model.placed_vae, budget=budget),
+            vision=PartPatcher.of(model.placed_vision, budget=budget),
         )
-        chosen = describe(handle)
-        NodeProgress(cls.hidden.unique_id).report(chosen)
-        return io.NodeOutput(handle, ui={"text": [chosen]})
+        chosen, planned = describe(handle), describe_plan(model, budget)
+        progress = NodeProgress(cls.hidden.unique_id)
+        progress.log(f"{chosen}\n{planned}")
+        progress.text(f"{chosen}\n{planned}")
+        return io.NodeOutput(handle, ui={"text": [chosen, planned]})
 
 
 def describe(handle: ModelHandle) -> str:
@@ -164,6 +190,13 @@ def describe(handle: ModelHandle) -> str:
         f"experts: {options.moe_backend} ({options.moe_reason}), router {options.router}, "
         f"attention {options.attention}, VAE {_short(options.vae_dtype)}; {handle.name}"
     )
+
+
+def _bytes(name: str, gib: float) -> int | None:
+    """A budget in bytes, None for 0. Raises RequestError for a number that is none."""
+    if not 0 <= gib < float("inf"):
+        raise RequestError(f"{name} is {gib}; it must be a number of GiB, or 0 for all there is.")
+    return int(gib * GIB) or None
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,20 +1,87 @@
 """The networks as ComfyUI's memory manager sees them: counted, loaded and evicted by it, each alone."""
 
 import logging
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 
 import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..hunyuan3.callbacks import Progress, no_progress
-from ..hunyuan3.errors import RequestError
+from ..hunyuan3.errors import OutOfBudgetError, RequestError
 from ..hunyuan3.generate.prefix import PrefixStore
+from ..hunyuan3.placement.out_of_memory import is_out_of_host_memory
 from ..hunyuan3.placement.placed import PlacedModule
+from .out_of_memory import EVERYTHING_ELSE, with_one_retry
 
 _log = logging.getLogger(__name__)
 
 GIB = 2**30
+_HOST = torch.device("cpu")
+
+
+class Budget:
+    """What the parts of one handle may take together, weights and work; None: what ComfyUI can give.
+
+    vram: bytes on the compute device. ram: bytes of evicted weights in host memory; for a device that is the host,
+    both are one, and the smaller counts.
+    """
+
+    def __init__(self, vram: int | None = None, ram: int | None = None) -> None:
+        self.vram = vram
+        self.ram = ram
+        # Weakly: weights must die with their handle at once, not at the next garbage collection.
+        self._parts: list[weakref.ref[PartPatcher]] = []
+
+    @property
+    def parts(self) -> "list[PartPatcher]":
+        """The handle's parts."""
+        return [part for ref in self._parts if (part := ref()) is not None]
+
+    def add(self, part: "PartPatcher") -> None:
+        """Counts a part among them."""
+        self._parts.append(weakref.ref(part))
+
+    def device_bytes(self, device: torch.device) -> int | None:
+        """The limit on a device."""
+        limits = [self.vram, self.ram if mm.is_device_cpu(device) else None]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def make_room(self, wanted: "Sequence[PartPatcher]", work: int) -> None:
+        """Takes the handle's other parts off the device as far as these and their work need the room.
+
+        Raises OutOfBudgetError if they alone need more.
+        """
+        limit = self.device_bytes(wanted[0].load_device)
+        if limit is None:
+            return
+        weights = sum(part.placed.total_bytes for part in wanted)
+        others = [part for part in self.parts if part not in wanted]
+        over = weights + work + sum(part.loaded_size() for part in others) - limit
+        for part in others:
+            if over > 0 and part.loaded_size():
+                before = part.loaded_size()
+                # On the CPU what is kept frees nothing.
+                part.drop() if mm.is_device_cpu(part.load_device) else part.partially_unload(_HOST, over)
+                over -= before - part.loaded_size()
+        if over + sum(part.kept_bytes() for part in wanted) > 0:
+            for part in wanted:
+                part.give_up_kept()
+        if over > 0:
+            names = " and the ".join(part.placed.name for part in wanted)
+            raise OutOfBudgetError(
+                f"The {names} takes {weights / GIB:.2f} GiB and its work {work / GIB:.2f} GiB; the loader's budget "
+                f"allows {limit / GIB:.2f} GiB. Raise vram_budget or ram_budget (0: all there is), choose a smaller "
+                "format in the loader, or ask for a smaller picture."
+            )
+
+    def host_has_room(self, nbytes: int) -> bool:
+        """Whether evicted weights may stay in host memory: within the budget, and a tenth of the host stays free."""
+        kept = sum(part.placed.host_bytes for part in self.parts)
+        if self.ram is not None and kept + nbytes > self.ram:
+            return False
+        return mm.get_free_memory(_HOST) - nbytes > 0.1 * mm.get_total_memory(_HOST)
 
 
 class PartPatcher(ModelPatcher):
@@ -32,22 +99,33 @@ class PartPatcher(ModelPatcher):
         weight_inplace_update: bool = False,
         placed: PlacedModule | None = None,
         prefixes: PrefixStore | None = None,
+        budget: Budget | None = None,
     ) -> None:
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
         self.placed = placed
         self.prefixes = prefixes
+        self.budget = budget or Budget()
         self.progress: Progress = no_progress
 
     @classmethod
-    def of(cls, placed: PlacedModule, prefixes: PrefixStore | None = None) -> "PartPatcher":
-        """The patcher of a part that computes on its own device. `prefixes`: kept prompts that count as part of it."""
-        cpu = torch.device("cpu")
-        return cls(placed.module, placed.device, cpu, placed.total_bytes, placed=placed, prefixes=prefixes)
+    def of(
+        cls, placed: PlacedModule, prefixes: PrefixStore | None = None, budget: Budget | None = None
+    ) -> "PartPatcher":
+        """The patcher of a part that computes on its own device.
+
+        prefixes: kept prompts that count as part of it. budget: shared with the handle's other parts.
+        """
+        part = cls(
+            placed.module, placed.device, _HOST, placed.total_bytes, placed=placed, prefixes=prefixes, budget=budget
+        )
+        part.budget.add(part)
+        return part
 
     def clone(self) -> "PartPatcher":
         copy = super().clone()
         copy.placed = self.placed
         copy.prefixes = self.prefixes
+        copy.budget = self.budget
         copy.progress = self.progress
         return copy
 
@@ -56,10 +134,10 @@ class PartPatcher(ModelPatcher):
         return False
 
     def model_size(self) -> int:
-        return self.placed.total_bytes + self._kept_bytes() if self.placed is not None else self.size
+        return self.placed.total_bytes + self.kept_bytes() if self.placed is not None else self.size
 
     def loaded_size(self) -> int:
-        return self.placed.loaded_bytes + self._kept_bytes() if self.placed is not None else 0
+        return self.placed.loaded_bytes + self.kept_bytes() if self.placed is not None else 0
 
     def current_loaded_device(self) -> torch.device:
         return self.load_device if self.loaded_size() else self.offload_device
@@ -78,10 +156,10 @@ class PartPatcher(ModelPatcher):
         try:
             self._require_room(missing, extra_memory)
             self.placed.load(progress=self.progress, check_cancelled=mm.throw_exception_if_processing_interrupted)
-        except BaseException:
+        except BaseException as error:
             # The manager does not list a part whose loading failed, so nobody would ever evict what is there already.
             self.give_up_kept()
-            self.placed.unload(host_has_room=_host_has_room)
+            self.placed.unload(host_has_room=None if is_out_of_host_memory(error) else self.budget.host_has_room)
             raise
         finally:
             self._tell_model()
@@ -93,7 +171,7 @@ class PartPatcher(ModelPatcher):
         """Gives up kept prompts, then whole layers until `memory_to_free` bytes are free; returns the bytes freed."""
         freed = self.give_up_kept()
         if freed < memory_to_free:
-            freed += self.placed.unload(int(memory_to_free) - freed, _host_has_room)
+            freed += self.placed.unload(int(memory_to_free) - freed, self.budget.host_has_room)
         self._tell_model()
         _log.info("%s: %.2f GiB evicted, %.2f GiB stay", self.placed.name, freed / GIB, self.loaded_size() / GIB)
         return freed
@@ -103,9 +181,15 @@ class PartPatcher(ModelPatcher):
         self.eject_model()
         if unpatch_all:
             self.give_up_kept()
-            self.placed.unload(host_has_room=_host_has_room)
+            self.placed.unload(host_has_room=self.budget.host_has_room)
             self._tell_model()
         return self.model
+
+    def drop(self) -> None:
+        """Gives everything up, also what the host would have room for; it is read again when next loaded."""
+        self.give_up_kept()
+        self.placed.unload()
+        self._tell_model()
 
     def patch_model(self, *args: object, **kwargs: object) -> torch.nn.Module:
         return self.model
@@ -123,7 +207,8 @@ class PartPatcher(ModelPatcher):
                 f"{max(room, 0) / GIB:.1f} GiB. Close other programs that use the card, or use a larger one."
             )
 
-    def _kept_bytes(self) -> int:
+    def kept_bytes(self) -> int:
+        """Bytes of kept prompts."""
         return 0 if self.prefixes is None else self.prefixes.nbytes
 
     def give_up_kept(self) -> int:
@@ -135,31 +220,53 @@ class PartPatcher(ModelPatcher):
 
 
 def bring_to_device(
-    parts: PartPatcher | Sequence[PartPatcher], memory_required: int, progress: Callable[[str, int, int], None]
+    parts: PartPatcher | Sequence[PartPatcher],
+    memory_required: int,
+    progress: Progress,
+    *,
+    advice: Sequence[str] = (),
 ) -> None:
     """Has the memory manager load parts together, with so many bytes to spare for the work, evicting others if needed.
 
     Kept prompts are given up where the room is still too small: the manager never evicts from what it is asked to load.
+    If memory runs out nevertheless, everything else is evicted and what is missing is loaded once more; then
+    OutOfBudgetError is raised, with `advice`, the settings that would make these parts smaller. It is raised at once
+    where the loader's budget does not allow the work.
     """
     parts = [parts] if isinstance(parts, PartPatcher) else list(parts)
-    for part in parts:
-        part.progress = progress
-    try:
-        mm.load_models_gpu(parts, memory_required=memory_required)
-    finally:
-        for part in parts:
-            part.progress = no_progress
+    parts[0].budget.make_room(parts, memory_required)
+    with_one_retry(
+        f"loading the {' and the '.join(part.placed.name for part in parts)}",
+        lambda _plan: _load(parts, memory_required, progress),
+        None,
+        lambda _plan, _error: (None, EVERYTHING_ELSE),
+        parts=parts,
+        expected=lambda _plan: sum(part.model_size() - part.loaded_size() for part in parts),
+        advice=lambda _plan: advice,
+        tell=lambda text: progress(text, 0, 1),
+    )
     for part in parts:
         if mm.get_free_memory(part.load_device) < memory_required and part.give_up_kept():
             mm.soft_empty_cache()
 
 
+def _load(parts: Sequence[PartPatcher], memory_required: int, progress: Progress) -> None:
+    for part in parts:
+        part.progress = progress
+    try:
+        mm.load_models_gpu(parts, memory_required=memory_required)
+    except BaseException:
+        # The manager takes all of them off its list before it loads the first: those that it did not come to would
+        # stay on the card where nobody evicts them.
+        for part in parts:
+            if part not in mm.loaded_models():
+                part.detach()
+        raise
+    finally:
+        for part in parts:
+            part.progress = no_progress
+
+
 def most_free_memory(device: torch.device) -> float:
     """Bytes that ComfyUI could free on a device by evicting every model."""
     return mm.get_total_memory(device) - mm.extra_reserved_memory()
-
-
-def _host_has_room(nbytes: int) -> bool:
-    """Whether evicted weights may stay in host memory: it must keep a tenth of itself free."""
-    cpu = torch.device("cpu")
-    return mm.get_free_memory(cpu) - nbytes > 0.1 * mm.get_total_memory(cpu)

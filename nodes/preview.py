@@ -4,11 +4,14 @@ import json
 import logging
 from pathlib import Path
 
+import comfy.model_management as mm
 import folder_paths
 import latent_preview
 import torch
 from comfy.latent_formats import LatentFormat
 
+from ..hunyuan3.errors import OutOfBudgetError
+from ..hunyuan3.placement.out_of_memory import is_out_of_memory, let_go
 from ..hunyuan3.vae.preview import PreviewFactors, fit_preview
 from .io_types import ModelHandle
 from .memory import bring_to_device
@@ -24,7 +27,10 @@ PreviewImage = tuple[str, object, int]
 
 
 class StepPreviewer:
-    """Makes a preview of each step: with the method that ComfyUI was started with, else with our own map."""
+    """Makes a preview of each step: with the method that ComfyUI was started with, else with our own map.
+
+    Once memory has run out for one, the run goes on without.
+    """
 
     def __init__(self, model: ModelHandle, factors: PreviewFactors) -> None:
         self.vae = model.model.folder.config.vae
@@ -33,9 +39,24 @@ class StepPreviewer:
         self.previewer = chosen or latent_preview.Latent2RGBPreviewer(
             latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
         )
+        self.off = False
 
-    def __call__(self, predicted_clean: torch.Tensor) -> PreviewImage:
-        """Predicted clean latents (B, C, h, w), scaled -> a preview of the first."""
+    def __call__(self, predicted_clean: torch.Tensor) -> PreviewImage | None:
+        """Predicted clean latents (B, C, h, w), scaled -> a preview of the first; None when there are none any more."""
+        if self.off:
+            return None
+        try:
+            return self._preview(predicted_clean)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _log.warning("Hunyuan Image 3: out of memory for a preview, the run goes on without (%s)", error)
+            let_go(error)
+        self.off = True
+        mm.soft_empty_cache()
+        return None
+
+    def _preview(self, predicted_clean: torch.Tensor) -> PreviewImage:
         latents = self.vae.unscale(predicted_clean[:1].float())
         kind, picture, largest = self.previewer.decode_latent_to_preview_image("JPEG", latents)
         side = max(picture.size)
@@ -45,9 +66,25 @@ class StepPreviewer:
 
 
 def previewer_for(model: ModelHandle, mode: str, progress: NodeProgress) -> StepPreviewer | None:
-    """The previewer of a run, or None when previews are off. Fits the map the first time a VAE is met."""
+    """The previewer of a run, or None when previews are off or there is no memory to prepare them.
+
+    Fits the map the first time a VAE is met.
+    """
     if mode == "off":
         return None
+    try:
+        return _previewer(model, progress)
+    except Exception as error:
+        # OutOfBudgetError: memory ran out twice for the VAE's weights. When it comes to decoding, more will be free.
+        if not is_out_of_memory(error) and not isinstance(error, OutOfBudgetError):
+            raise
+        _log.warning("Hunyuan Image 3: no memory to prepare previews, the run goes without (%s)", error)
+        let_go(error)
+    mm.soft_empty_cache()
+    return None
+
+
+def _previewer(model: ModelHandle, progress: NodeProgress) -> StepPreviewer:
     path = Path(folder_paths.get_user_directory()) / "hunyuan3" / "previews" / f"{model.model.vae_fingerprint()}.json"
     factors = _read(path, model.model.folder.config.vae.latent_channels)
     if factors is None:

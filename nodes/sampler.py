@@ -1,5 +1,6 @@
 """Hunyuan3Sampler: from a conditioning to a latent."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -7,13 +8,14 @@ from ..hunyuan3.conditioning import Conditioning
 from ..hunyuan3.errors import RequestError
 from ..hunyuan3.generate.noise import NOISE_SOURCES
 from ..hunyuan3.generate.taylor import TaylorOptions
-from ..hunyuan3.placement.estimate import sampling_bytes
+from ..hunyuan3.placement.estimate import activation_bytes, cache_bytes
 from ..hunyuan3.run import SamplingRun
 from .compat import io, require_choice, schema
 from .io_types import HunyuanConditioning, HunyuanModel, HunyuanStepCache, ModelHandle
 from .memory import bring_to_device
+from .out_of_memory import EVERYTHING_ELSE, smaller_weights, with_one_retry
 from .png import note_in_png
-from .preview import PREVIEW_MODES, previewer_for
+from .preview import PREVIEW_MODES, StepPreviewer, previewer_for
 from .progress import NodeProgress, check_cancelled
 from .vae import require_room_to_decode
 
@@ -148,38 +150,106 @@ class Hunyuan3Sampler(io.ComfyNode):
             raise RequestError(
                 "latent carries a noise mask; drawing inside a mask is not supported yet. Remove the mask."
             )
-        # Every setting is checked before any weight is loaded.
-        run = SamplingRun.prepare(
-            core.folder,
-            core.placed_transformer.module,
-            conditioning,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            shift=shift,
-            batch_size=batch_size,
-            noise=noise,
-            latent=None if latent is None else latent["samples"],
-            denoise=denoise,
-            taylor=step_cache,
-            one_branch_at_a_time=cfg_mode == "sequential",
-            prefixes=core.prefixes,
-            check_cancelled=check_cancelled,
-        )
+
+        def prepare(one_branch_at_a_time: bool) -> SamplingRun:
+            return SamplingRun.prepare(
+                core.folder,
+                core.placed_transformer.module,
+                conditioning,
+                seed=seed,
+                steps=steps,
+                guidance=guidance,
+                shift=shift,
+                batch_size=batch_size,
+                noise=noise,
+                latent=None if latent is None else latent["samples"],
+                denoise=denoise,
+                taylor=step_cache,
+                one_branch_at_a_time=one_branch_at_a_time,
+                prefixes=core.prefixes,
+                check_cancelled=check_cancelled,
+            )
+
+        prepare(cfg_mode == "sequential")  # every setting is checked before any weight is loaded
         progress = NodeProgress(cls.hidden.unique_id)
         require_room_to_decode(model, conditioning.size)
         previewer = previewer_for(model, preview, progress)
-        rows = conditioning.rows
-        num_rows = run.settings.batch_size * (1 if cfg_mode == "sequential" else len(rows.branches))
-        work = sampling_bytes(core.folder.config, num_rows, len(rows.sequence), core.options.dtype)
-        bring_to_device(model.transformer, work, progress)
-        for step in run:
-            picture = None if previewer is None else previewer(step.predicted_clean)
-            progress.step("draw", step.step + 1, step.steps, picture)
-        info = describe(model, run)
+        run, remark = draw(model, prepare, cfg_mode, previewer, progress)
+        info = describe(model, run) + remark
         progress.report(info)
         note_in_png(cls.hidden.extra_pnginfo, cls.hidden.unique_id, used_by(model, run))
         return io.NodeOutput({"samples": run.latents}, info, ui={"text": [info]})
+
+
+def draw(
+    model: ModelHandle,
+    prepare: Callable[[bool], SamplingRun],
+    cfg_mode: str,
+    previewer: StepPreviewer | None,
+    progress: NodeProgress,
+) -> tuple[SamplingRun, str]:
+    """Draws with the weights brought to their device; returns the run that ended, and what to remark on it.
+
+    If memory runs out, in whichever step, it is drawn anew from the first one, with the guidance branches one after
+    the other. `prepare(one_branch_at_a_time)` gives a fresh run.
+    """
+    asked = prepare(cfg_mode == "sequential")
+    batch_size, size = asked.settings.batch_size, asked.conditioning.size
+    tried: list[bool] = []
+
+    def attempt(one_branch_at_a_time: bool) -> SamplingRun:
+        tried.append(one_branch_at_a_time)
+        run = prepare(one_branch_at_a_time)
+        bring_to_device(model.transformer, work(one_branch_at_a_time), progress, advice=smaller_weights(model))
+        for step in run:
+            picture = None if previewer is None else previewer(step.predicted_clean)
+            progress.step("draw", step.step + 1, step.steps, picture)
+        return run
+
+    def work(one_branch_at_a_time: bool) -> int:
+        """Keys and values of every row, activations of those that are computed together."""
+        rows, config, dtype = asked.conditioning.rows, model.model.folder.config, model.model.options.dtype
+        num_rows, length = batch_size * len(rows.branches), len(rows.sequence)
+        together = batch_size if one_branch_at_a_time else num_rows
+        return cache_bytes(config, num_rows, length, dtype) + activation_bytes(config, together, length, dtype)
+
+    def smaller(one_branch_at_a_time: bool, _error: Exception) -> tuple[bool, str]:
+        if one_branch_at_a_time or not _can_take_turns(asked):
+            return one_branch_at_a_time, f"from the first step, {EVERYTHING_ELSE}"
+        return (
+            True,
+            f"from the first step, guidance one branch after the other (cfg_mode sequential), {EVERYTHING_ELSE}",
+        )
+
+    def advice(_one_branch_at_a_time: bool) -> list[str]:
+        return [
+            *([f"draw fewer pictures at once (batch_size; it was {batch_size})"] if batch_size > 1 else []),
+            f"draw a smaller picture (width and height of the conditioning; it was {size.width}x{size.height})",
+            *(["use fewer input pictures"] if asked.conditioning.pictures else []),
+            *smaller_weights(model),
+        ]
+
+    run = with_one_retry(
+        "drawing",
+        attempt,
+        asked.settings.one_branch_at_a_time,
+        smaller,
+        parts=[model.transformer],
+        expected=work,
+        advice=advice,
+        tell=progress.text,
+    )
+    if tried == [False, True]:
+        return run, ", memory ran out once: guidance one branch after the other"
+    return run, ", memory ran out once" if len(tried) > 1 else ""
+
+
+def _can_take_turns(run: SamplingRun) -> bool:
+    """Whether a run has two branches of guidance that may be computed one after the other."""
+    # With capacity dropping they compete for experts: one at a time would give another picture.
+    transformer, rows = run.transformer, run.conditioning.rows
+    two = len(rows.branches) == 2 and run.settings.guidance > 1 and not transformer.config.cfg_distilled
+    return two and not transformer.drops_tokens
 
 
 def describe(model: ModelHandle, run: SamplingRun) -> str:

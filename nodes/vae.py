@@ -1,16 +1,19 @@
 """Hunyuan3VAEDecode and Hunyuan3VAEEncode: between latents and pictures, whole or in tiles as memory allows."""
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management as mm
 import torch
 
+from ..hunyuan3.errors import OutOfBudgetError
 from ..hunyuan3.placement.estimate import decode_bytes, decode_tile_size
 from ..hunyuan3.run import require_latents
 from ..hunyuan3.types import ImageSize
 from .compat import io, schema
 from .io_types import HunyuanImages, HunyuanModel, ModelHandle, PictureSet
 from .memory import bring_to_device, most_free_memory
+from .out_of_memory import EVERYTHING_ELSE, smaller_vae, with_one_retry
 from .progress import NodeProgress, check_cancelled
 
 _ALIGN = 16
@@ -60,9 +63,14 @@ class Hunyuan3VAEDecode(io.ComfyNode):
         require_latents(latents, model.model.folder.config.vae, "samples")
         size = ImageSize(_ALIGN * latents.shape[2], _ALIGN * latents.shape[3])
         progress = NodeProgress(cls.hidden.unique_id)
-        tile = _prepare(model, size, tile_size, progress)
-        progress.text("decode" if tile is None else f"decode in tiles of {tile} pixels")
-        image = model.model.decode(latents, tile_size=tile, check_cancelled=check_cancelled)
+        image, tile = in_tiles(
+            model,
+            size,
+            tile_size,
+            "decode",
+            lambda tile: model.model.decode(latents, tile_size=tile, check_cancelled=check_cancelled),
+            progress,
+        )
         if images is not None and images.align:
             image = model.model.restore_shape(image, [picture.size for picture in images.pictures])
         progress.text(f"{image.shape[2]}x{image.shape[1]}" + ("" if tile is None else f", in tiles of {tile} pixels"))
@@ -97,9 +105,15 @@ class Hunyuan3VAEEncode(io.ComfyNode):
         cropped = _crop(pixels[..., :3])
         size = ImageSize(cropped.shape[1], cropped.shape[2])
         progress = NodeProgress(cls.hidden.unique_id)
-        tile = _prepare(model, size, tile_size, progress)
-        progress.text("encode" if tile is None else f"encode in tiles of {tile} pixels")
-        return io.NodeOutput({"samples": model.model.encode(cropped, tile_size=tile, check_cancelled=check_cancelled)})
+        latents, _tile = in_tiles(
+            model,
+            size,
+            tile_size,
+            "encode",
+            lambda tile: model.model.encode(cropped, tile_size=tile, check_cancelled=check_cancelled),
+            progress,
+        )
+        return io.NodeOutput({"samples": latents})
 
 
 def require_room_to_decode(model: ModelHandle, size: ImageSize) -> None:
@@ -112,6 +126,65 @@ def require_room_to_decode(model: ModelHandle, size: ImageSize) -> None:
     decode_tile_size(core.folder.config.vae, size.height, size.width, core.options.vae_dtype, int(room))
 
 
+def in_tiles(
+    model: ModelHandle,
+    size: ImageSize,
+    tile_size: int,
+    what: str,
+    work: Callable[[int | None], torch.Tensor],
+    progress: NodeProgress,
+) -> tuple[torch.Tensor, int | None]:
+    """`work(tile size)` with the VAE brought to its device; returns its result and the tile size, None for whole.
+
+    tile_size: as the nodes take it, 0: whole if memory allows. what: "decode" or "encode". If memory runs out it is
+    done anew in the next smaller tiles.
+    """
+    used: int | None = None
+
+    def attempt(asked: int) -> torch.Tensor:
+        nonlocal used
+        used = _prepare(model, size, asked, progress)
+        progress.text(what if used is None else f"{what} in tiles of {used} pixels")
+        return work(used)
+
+    def smaller(asked: int, _error: Exception) -> tuple[int, str]:
+        tile = smaller_tile(model, size, used)
+        if tile is None:
+            return asked, EVERYTHING_ELSE
+        return tile, f"in tiles of {tile} pixels, {EVERYTHING_ELSE}"
+
+    result = with_one_retry(
+        f"{what.removesuffix('e')}ing",
+        attempt,
+        tile_size,
+        smaller,
+        parts=[model.vae],
+        expected=lambda _asked: _work(model, size, used),
+        advice=lambda _asked: [
+            *([] if (tile := smaller_tile(model, size, used)) is None else [f"set tile_size to {tile} or less"]),
+            *smaller_vae(model),
+        ],
+        tell=progress.text,
+    )
+    return result, used
+
+
+def smaller_tile(model: ModelHandle, size: ImageSize, tile_size: int | None) -> int | None:
+    """The largest usual tile that needs less memory than this one (None: than the whole); None if there is none."""
+    core = model.model
+    try:
+        less = _work(model, size, tile_size) - 1
+        return decode_tile_size(core.folder.config.vae, size.height, size.width, core.options.vae_dtype, less)
+    except OutOfBudgetError:
+        return None
+
+
+def _work(model: ModelHandle, size: ImageSize, tile_size: int | None) -> int:
+    """Bytes that a tile needs, or the whole picture."""
+    height, width = (min(side, tile_size or side) for side in size)
+    return decode_bytes(model.model.folder.config.vae, height, width, model.model.options.vae_dtype)
+
+
 def _prepare(model: ModelHandle, size: ImageSize, tile_size: int, progress: NodeProgress) -> int | None:
     """Brings the VAE to its device with room for the work; returns the tile size to work in, None for whole."""
     core = model.model
@@ -119,8 +192,7 @@ def _prepare(model: ModelHandle, size: ImageSize, tile_size: int, progress: Node
     if tile_size == 0:
         room = most_free_memory(device) - model.vae.model_size()
         tile_size = decode_tile_size(vae, size.height, size.width, dtype, int(room)) or 0
-    height, width = (min(side, tile_size or side) for side in size)
-    bring_to_device(model.vae, decode_bytes(vae, height, width, dtype), progress)
+    bring_to_device(model.vae, _work(model, size, tile_size), progress, advice=smaller_vae(model))
     if tile_size == 0:  # others may hold memory that is not ComfyUI's to free
         tile_size = decode_tile_size(vae, size.height, size.width, dtype, int(mm.get_free_memory(device))) or 0
     return tile_size or None

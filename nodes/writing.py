@@ -12,10 +12,11 @@ from ..hunyuan3.generate.stages import StagePlan
 from ..hunyuan3.pictures import PosteriorMode
 from ..hunyuan3.placement.estimate import sampling_bytes
 from ..hunyuan3.text.system_prompts import CHOICES
-from ..hunyuan3.writing import TextRequest, WritingRun
+from ..hunyuan3.writing import TextRequest, WritingRun, text_rows
 from .compat import io, require_choice
 from .io_types import Conversation, HunyuanConversation, HunyuanImages, ModelHandle, PictureSet
 from .memory import bring_to_device
+from .out_of_memory import EVERYTHING_ELSE, smaller_weights, with_one_retry
 from .progress import NodeProgress, check_cancelled
 
 _log = logging.getLogger(__name__)
@@ -128,33 +129,52 @@ def write(
     """Runs one text pass on a node: weights, streaming text, Cancel between layers and tokens.
 
     `show(run, stage)` is the text to show so far. `posterior`: how the input pictures' latents are drawn; "reference"
-    draws them from this pass's own seed.
+    draws them from this pass's own seed. If memory runs out it is written anew, from the same seed the same text.
     """
     core = model.model
     device = core.options.device
-    run = WritingRun(
-        core.folder,
-        core.placed_transformer.module,
-        request,
-        plan,
-        sampling=sampling,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        prefixes=core.prefixes,
-        check_cancelled=check_cancelled,
-        device=device,
-        picture_generator=reference_generators(seed, 1, device)[0] if posterior == "reference" else None,
+    longest = max_new_tokens or core.folder.generation.max_new_tokens
+    length = len(text_rows(core.folder, request, plan).sequence) + longest
+    work = sampling_bytes(core.folder.config, 1, length, core.options.dtype)
+
+    def attempt(_plan: None) -> WritingRun:
+        run = WritingRun(
+            core.folder,
+            core.placed_transformer.module,
+            request,
+            plan,
+            sampling=sampling,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            prefixes=core.prefixes,
+            check_cancelled=check_cancelled,
+            device=device,
+            picture_generator=reference_generators(seed, 1, device)[0] if posterior == "reference" else None,
+        )
+        bring_to_device(model.transformer, work, progress, advice=smaller_weights(model))
+        last = 0.0
+        for step in run:
+            check_cancelled()
+            now = time.monotonic()
+            if now - last >= _INTERVAL:
+                last = now
+                progress.stream(step.stage, show(run, step.stage))
+        return run
+
+    return with_one_retry(
+        "writing",
+        attempt,
+        None,
+        lambda _plan, _error: (None, f"from the first word, {EVERYTHING_ELSE}"),
+        parts=[model.transformer],
+        expected=lambda _plan: work,
+        advice=lambda _plan: [
+            f"set a smaller max_new_tokens (it was {longest})",
+            *(["use fewer input pictures"] if request.pictures else []),
+            *smaller_weights(model),
+        ],
+        tell=progress.text,
     )
-    length = len(run.sequence.sequence) + (max_new_tokens or core.folder.generation.max_new_tokens)
-    bring_to_device(model.transformer, sampling_bytes(core.folder.config, 1, length, core.options.dtype), progress)
-    last = 0.0
-    for step in run:
-        check_cancelled()
-        now = time.monotonic()
-        if now - last >= _INTERVAL:
-            last = now
-            progress.stream(step.stage, show(run, step.stage))
-    return run
 
 
 def used_by(model: ModelHandle, run: WritingRun, seed: int, text: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Headers only: a 160 GB folder is indexed in well under a second, and everything 
 (missing shard, dangling link, cut-off download, hostile header) is found here, before any weight is read.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +21,16 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and what it is. `dtype` is the safetensors name ("BF16", "F32", ...)."""
+    """Where one tensor lies and what it is. `dtype` is the safetensors name ("BF16", "F32", ...).
+
+    offset, nbytes: its bytes in the file.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int = 0
+    nbytes: int = 0
 
 
 class CheckpointIndex:
@@ -36,6 +42,7 @@ class CheckpointIndex:
 
     def __init__(self, tensors: dict[str, TensorInfo]) -> None:
         self.tensors = tensors
+        self._stamps = {file: _stamp(file) for file in {info.file for info in tensors.values()}}
 
     @classmethod
     def from_folder(cls, folder: Path) -> "CheckpointIndex":
@@ -62,12 +69,30 @@ class CheckpointIndex:
     def __len__(self) -> int:
         return len(self.tensors)
 
+    def require_unchanged(self, file: Path) -> None:
+        """Raises CheckpointError if a file no longer holds what it held when it was indexed.
+
+        One that was merely written again (a repaired download) is as good as before.
+        """
+        if file.exists() and _stamp(file) == self._stamps[file]:
+            return
+        now = _read_header(file)
+        before = {name: info for name, info in self.tensors.items() if info.file == file}
+        if any(now.get(name) != info for name, info in before.items()):
+            raise CheckpointError(f"{file} has changed since the checkpoint was opened. Download this file again.")
+        self._stamps[file] = _stamp(file)
+
     def by_file(self, names: list[str]) -> dict[Path, list[str]]:
         """The given names grouped by file, files in name order, so that each file is read once, front to back."""
         groups: dict[Path, list[str]] = {}
         for name in names:
             groups.setdefault(self.tensors[name].file, []).append(name)
         return dict(sorted(groups.items()))
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _read_shards(folder: Path, index_path: Path) -> dict[str, TensorInfo]:
@@ -105,6 +130,15 @@ def open_shard(path: Path) -> Iterator[safe_open]:
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensors of one file. The library reads the header first, and refuses one that does not fit the file."""
     with open_shard(path) as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}
-        return {name: TensorInfo(path, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+        names = list(file.keys())
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    tensors = {}
+    for name in names:
+        entry = header[name]
+        start, stop = entry["data_offsets"]
+        tensors[name] = TensorInfo(path, tuple(entry["shape"]), entry["dtype"], 8 + length + start, stop - start)
+    return tensors

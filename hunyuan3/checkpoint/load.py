@@ -1,8 +1,8 @@
 """Fill a module that was built on the meta device with the tensors of a checkpoint folder.
 
-Each parameter is allocated once, where and as what it will live, and each tensor is copied straight from the mapped
-file into it: the host never holds more than the weights in their final dtype plus the tensor under way. Strict: every
-missing, unexpected or misshapen tensor is listed before the first byte is read.
+Each parameter is allocated once, where and as what it will live, and each tensor is read straight into it where nothing
+has to be done to it: the host never holds more than the weights in their final dtype plus the tensor under way.
+Strict: every missing, unexpected or misshapen tensor is listed before the first byte is read.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,8 +11,9 @@ import torch
 
 from ..callbacks import CheckCancelled, never_cancelled
 from ..errors import CheckpointError
-from .index import CheckpointIndex, open_shard
+from .index import CheckpointIndex
 from .keymap import Slot, is_unused
+from .read import TORCH_DTYPES, TensorReader
 
 Transform = Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
 """Applied to each (published name, tensor) on its way in; yields what to store under which published-style name."""
@@ -82,22 +83,30 @@ def load_parameters(
     parameters = dict(module.named_parameters())
     filled: dict[str, torch.Tensor] = {}
 
-    def store(name: str, tensor: torch.Tensor) -> None:
+    def place_of(name: str) -> torch.Tensor:
         slot = slots[name]
         if slot.parameter not in filled:
             shape = parameters[slot.parameter].shape
             filled[slot.parameter] = torch.empty(shape, dtype=dtype_of(slot.parameter), device=device)
         target = filled[slot.parameter]
-        (target if slot.expert is None else target[slot.expert]).copy_(tensor)
+        return target if slot.expert is None else target[slot.expert]
 
-    # What a transform adds (scales) is in no file.
-    for path, names in index.by_file([name for name in slots if name in index]).items():
-        with open_shard(path) as file:
-            for name in names:
+    with TensorReader(pinned=device.type == "cuda") as reader:
+        # What a transform adds (scales) is in no file.
+        for file, names in index.by_file([name for name in slots if name in index]).items():
+            index.require_unchanged(file)
+            for name in sorted(names, key=lambda name: index[name].offset):
                 check_cancelled()
-                tensor = file.get_tensor(name)
-                for stored_name, stored in transform(name, tensor) if transform else ((name, tensor),):
-                    store(stored_name, stored)
+                info = index[name]
+                if transform is None:
+                    target = place_of(name)
+                    if target.device.type == "cpu" and target.dtype == TORCH_DTYPES[info.dtype]:
+                        reader.into(info, target)
+                    else:
+                        target.copy_(reader.get(info))
+                    continue
+                for stored_name, stored in transform(name, reader.get(info)):
+                    place_of(stored_name).copy_(stored)
     for name, tensor in filled.items():
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False))

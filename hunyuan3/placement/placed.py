@@ -52,6 +52,11 @@ class PlacedModule:
         """Bytes of the weights that are on the compute device and in use."""
         return sum(unit.nbytes for unit in self.units if self._where[unit.name] == self.device)
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the weights that wait in host memory, off the compute device."""
+        return sum(unit.nbytes for unit in self.units if self._where[unit.name] == _HOST != self.device)
+
     def load(self, *, progress: Progress = no_progress, check_cancelled: CheckCancelled = never_cancelled) -> nn.Module:
         """Brings every unit to the compute device and returns the module.
 
@@ -97,11 +102,10 @@ class PlacedModule:
             self._move(unit, self.device)
 
     def _move(self, unit: Unit, device: torch.device) -> None:
-        for name in unit.parameters:
+        moved = {name: self.module.get_parameter(name).detach().to(device) for name in unit.parameters}
+        for name, tensor in moved.items():  # only now, or a move that fails half-way would leave a unit in two places
             owner, _, attribute = name.rpartition(".")
-            module = self.module.get_submodule(owner)
-            tensor = getattr(module, attribute).detach().to(device)
-            setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+            setattr(self.module.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
         self._where[unit.name] = device
 
 

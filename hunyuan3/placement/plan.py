@@ -551,20 +551,20 @@ def _with_split(
         first = span.stop
         layers = [sizes.layers[index] for index in span]
         fit = _fit(sizes, layers, extra, device.nbytes, needs)
+        if not streaming and (isinstance(fit, int) or fit.resident < sizes.experts):
+            whole = extra + sum(layer.dense + sizes.experts * layer.expert for layer in layers)
+            asked = whole + needs.cache_per_layer * count + needs.activations[min(GROUP, sizes.experts)]
+            text = (
+                f"{device.name} has {_gib(device.nbytes)}; {count} layers at {_workload(work)} need {_gib(asked)} "
+                f"there, and experts may not be streamed."
+            )
+            return Refusal(device.name, asked, device.nbytes, text)
         if isinstance(fit, int):
             text = (
                 f"{device.name} has {_gib(device.nbytes)}; the least that {count} layers at {_workload(work)} need "
                 f"there is {_gib(fit)}, with no expert kept on it."
             )
             return Refusal(device.name, fit, device.nbytes, text)
-        if fit.resident < sizes.experts and not streaming:
-            whole = fit.fixed + sizes.experts * sum(layer.expert for layer in layers) + fit.cache
-            asked = whole + needs.activations[min(GROUP, sizes.experts)]
-            text = (
-                f"{device.name} has {_gib(device.nbytes)}; {count} layers at {_workload(work)} need {_gib(asked)} "
-                f"there, and experts may not be streamed."
-            )
-            return Refusal(device.name, asked, device.nbytes, text)
         runs.append((device, span, fit))
 
     home = used[0][0]
@@ -780,4 +780,4 @@ def _workload(work: Workload) -> str:
 
 
 def _gib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.parity import components, judging, scenarios
 from tests.parity.__main__ import FAILED, MISSING, NOTHING_COMPARED, PASSED, main
 from tests.parity.bench import Bench
+from tests.parity.formats import LIMITS, Limits
 from tests.parity.report import COMPONENT, IDENTICAL, Computed, Report, compare
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -478,3 +479,21 @@ def test_not_a_number_never_passes():
     assert not compare("x", torch.ones(2, 1), torch.ones(2), COMPONENT).passed
     assert not compare("x", [1, 2], [1, 3], IDENTICAL).passed
     assert compare("x", ((1, 2),), [[1, 2]], IDENTICAL).passed
+
+
+# other weight formats
+
+
+@pytest.mark.parametrize("weight_format", list(LIMITS))
+def test_every_format_stays_within_its_stated_error(weight_format):
+    code, lines = judge(GOLDEN, "--format", weight_format, "--only", "[CH]*")
+    assert code == PASSED, lines
+    assert "relative error (step_latents of the last step)" in "\n".join(lines)
+    assert not any("token ids" in line for line in lines), "what a format may change is compared, nothing else"
+
+
+def test_a_format_past_its_stated_error_fails(monkeypatch):
+    monkeypatch.setitem(LIMITS, "int4", Limits(0.2, 0.2, 0.02))
+    code, lines = judge(GOLDEN, "--format", "int4", "--only", "C*")
+    assert code == FAILED
+    assert any("FAIL" in line for line in lines)

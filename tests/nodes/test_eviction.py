@@ -53,12 +53,15 @@ class Card:
 class Opened:
     """An opened tiny checkpoint whose parts compute on CARD."""
 
-    def __init__(self, pack: ComfyPack, folder: Path, card: Card) -> None:
+    def __init__(
+        self, pack: ComfyPack, folder: Path, card: Card, vram: int | None = None, ram: int | None = None
+    ) -> None:
         pipeline = submodule(pack, "hunyuan3.pipeline")
         self.memory = submodule(pack, "nodes.memory")
         self.core = pipeline.Hunyuan3.open(folder, device=CARD, dtype="float32", vae_dtype="float32")
-        self.transformer = self.memory.PartPatcher.of(self.core.placed_transformer, self.core.prefixes)
-        self.vae = self.memory.PartPatcher.of(self.core.placed_vae)
+        budget = self.memory.Budget(vram, ram)
+        self.transformer = self.memory.PartPatcher.of(self.core.placed_transformer, self.core.prefixes, budget)
+        self.vae = self.memory.PartPatcher.of(self.core.placed_vae, budget=budget)
         card.parts += [self.transformer, self.vae]
 
     def bring(self, part: Any, work: int = 0, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
@@ -250,6 +253,48 @@ def test_handles_of_another_precision_or_format_keep_their_own_prompts(
         assert handle.prefixes.nbytes == 0, "drawn with the others before, and nothing is here"
         _ = handle.sample(handle.conditioning("a red fox", width=64, height=64), seed=number, steps=1).latents
         assert handle.prefixes.nbytes > 0
+
+
+# --- the loader's budgets ---------------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_handle_stay_within_its_budget(
+    comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path, whole_picture: torch.Tensor
+):
+    """Room for the larger part alone, on a card that has room for all: each makes way for the other."""
+    sizes = Opened(comfy_pack, tiny_checkpoint, Card())
+    largest = max(sizes.transformer.placed.total_bytes, sizes.vae.placed.total_bytes)
+    limit = largest + MIB
+    opened = Opened(comfy_pack, tiny_checkpoint, card, vram=limit)
+    torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
+    assert opened.vae.loaded_size() == opened.vae.placed.total_bytes
+    assert opened.transformer.placed.loaded_bytes + opened.vae.loaded_size() <= limit
+    assert opened.transformer.placed.loaded_bytes > 0, "no more than it takes"
+    opened.bring(opened.transformer)
+    assert opened.transformer.placed.loaded_bytes + opened.vae.loaded_size() <= limit
+    assert opened.transformer.placed.loaded_bytes == opened.transformer.placed.total_bytes
+
+
+def test_work_past_the_budget_is_refused_with_numbers(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path):
+    opened = Opened(comfy_pack, tiny_checkpoint, card, vram=64 * MIB)
+    opened.bring(opened.transformer, work=MIB)
+    with pytest.raises(
+        error(opened, "OutOfBudgetError"), match=r"its work 0\.98 GiB; the loader's budget allows 0\.06"
+    ):
+        opened.bring(opened.transformer, work=1000 * MIB)
+
+
+def test_evicted_weights_stay_within_the_ram_budget(
+    comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path, whole_picture: torch.Tensor
+):
+    """What waits in host memory is at most so much; the rest is read again. (CARD and host are one to torch here, so
+    it is counted by what was dropped.)
+    """
+    opened = Opened(comfy_pack, tiny_checkpoint, card, ram=0)
+    opened.bring(opened.transformer)
+    assert opened.transformer.partially_unload(HOST, 1e30) > 0
+    assert on_meta(opened.transformer)
+    torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
 
 
 # --- trouble ----------------------------------------------------------------------------------------------------------

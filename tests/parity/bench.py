@@ -14,8 +14,9 @@ from .recording import MissingFeatureError, Recording
 class Bench:
     """`root` holds `ckpt/`, `scenarios/`, `components/`, `images/` and `router_gaps.json`, or some of them."""
 
-    def __init__(self, root: Path, dumping: bool = False) -> None:
+    def __init__(self, root: Path, dumping: bool = False, weight_format: str = "bf16") -> None:
         self.root = root
+        self.weight_format = weight_format
         self.dumping = dumping  # compute also what this recording lacks, as far as a complete one would hold it
         self.folder = cache(self._folder)
         self.model = cache(self._model)
@@ -66,5 +67,5 @@ class Bench:
         return ModelFolder.open(self.root / "ckpt" / name)
 
     def _model(self, name: str, dtype: str = "float32") -> Hunyuan3:
-        options = LoadOptions(device="cpu", dtype=dtype, vae_dtype="float32")
+        options = LoadOptions(device="cpu", dtype=dtype, vae_dtype="float32", format=self.weight_format)
         return Hunyuan3(self.folder(name), options.resolved())

@@ -13,6 +13,7 @@ from hunyuan3.pictures import EncodedPicture
 from hunyuan3.pipeline import Hunyuan3
 
 from .bench import Bench
+from .formats import judge_format
 from .judging import RECORDED_TIE, judge
 from .recording import MissingFeatureError, Recording
 from .report import Computed, Report
@@ -26,7 +27,10 @@ def check(bench: Bench, recording: Recording, report: Report) -> None:
         compute(bench, recording, computed)
     finally:
         report.dump(recording.name, computed.tensors, recording.tensors)
-    judge(recording, computed, report)
+    if bench.weight_format != "bf16":
+        judge_format(bench.weight_format, recording, computed, report)
+    else:
+        judge(recording, computed, report)
 
 
 def compute(bench: Bench, recording: Recording, out: Computed) -> None:
