@@ -3,8 +3,8 @@
     python benchmarks/loading.py [--gb 2.0] [--formats bf16 int8 fp8 int4] [--device cpu]
 
 Makes a folder of random bfloat16 weights (the published layout, experts one by one over several files) and a pack of
-it in each format, reads all files of each plainly (`file.read()`, one after the other, each kept: weights need memory of
-their own, too), then loads them. Every figure is bytes of the files over seconds. All files are in the system's file
+it in each format, reads all files of each plainly (`file.read()`, one after the other, each kept: weights need memory
+of their own, too), then loads them. Every figure is bytes of the files over seconds. All files are in the system's file
 cache: what is compared is the way from there to where the weights live. The last line is of the published folder.
 """
 

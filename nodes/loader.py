@@ -177,7 +177,7 @@ class Hunyuan3Loader(io.ComfyNode):
         chosen, planned = describe(handle), describe_plan(model, budget)
         progress = NodeProgress(cls.hidden.unique_id)
         progress.log(f"{chosen}\n{planned}")
-        progress.text(f"{chosen}\n{planned}")
+        progress.text(f"{planned.splitlines()[0]} {chosen}")  # all of it is in the history, and in the log
         return io.NodeOutput(handle, ui={"text": [chosen, planned]})
 
 

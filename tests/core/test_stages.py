@@ -4,6 +4,7 @@ The words are scripted where the model would choose them; what follows from them
 `think: a a </think> <recaption>!`, where `a` is any word, `!` marks what was forced and `R` is the ratio token.
 """
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -268,7 +269,9 @@ def test_cut_off_without_a_ratio_the_drawing_closes_the_trace(write, models, tas
     assert len(text.split()) == min(budget, done)
     assert run.resolution is None
     conditioning = make_conditioning(folder, "a red fox", folder.resolutions.row(0), trace=run.trace)
-    assert conditioning.trace.startswith(run.trace)
+    # Every word that was written; a tag that came where it means nothing is left out.
+    words = [re.sub(r"</?(think|recaption)>", "", trace) for trace in (run.trace, conditioning.trace)]
+    assert words[0] == words[1]
     assert is_complete(conditioning.trace)
     # Tags stay in the unconditional row, only words are replaced there: no tag was taken for a word.
     tokens = folder.tokens

@@ -141,7 +141,8 @@ def test_texts_are_in_the_history(server: ComfyServer):
     prompt_id = server.submit(drawing(sampler={"seed": 77}))
     server.wait(prompt_id)
     outputs = server.history(prompt_id)["outputs"]
-    (loaded,) = outputs["loader"]["text"]
+    loaded, planned = outputs["loader"]["text"]
+    assert "s per step" in planned
     for said in ("tiny-instruct", "float32 on cpu", "experts: loop", "router reference", "attention sdpa"):
         assert said in loaded
     (info,) = outputs["sampler"]["text"]

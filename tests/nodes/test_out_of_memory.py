@@ -190,10 +190,20 @@ def files_are_read_unwatched(comfy_pack: ComfyPack) -> Iterator[None]:
             with _disable_current_modes():
                 return self.file.get_tensor(name)
 
+    reader = submodule(comfy_pack, "hunyuan3.checkpoint.read").TensorReader
+
+    def unwatched(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with _disable_current_modes():
+                return method(*arguments)
+
+        return call
+
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("checkpoint.load", "pipeline"):
-            module = submodule(comfy_pack, f"hunyuan3.{name}")
-            patch.setattr(module, "open_shard", lambda path, opened=module.open_shard: Unwatched(opened(path)))
+        module = submodule(comfy_pack, "hunyuan3.pipeline")
+        patch.setattr(module, "open_shard", lambda path, opened=module.open_shard: Unwatched(opened(path)))
+        for name in ("get", "into"):
+            patch.setattr(reader, name, unwatched(getattr(reader, name)))
         yield
 
 
