@@ -67,7 +67,7 @@ class ModelFolder:
             )
         config = ModelConfig.from_folder(path)
         generation = GenerationConfig.from_folder(path)
-        index = CheckpointIndex.from_folder(path)
+        index = CheckpointIndex.from_folder(path).unstacked()
         found = detect_variant(config, generation, index.tensors)
         tokenizer = Tokenizer.from_folder(path)
         tokens = SpecialTokens.from_tokenizer(tokenizer, config)
@@ -137,7 +137,7 @@ class Networks:
         if policy is not None:
             swap(transformer, policy)
         parameters = dict(transformer.named_parameters())
-        self.transformer_slots = transformer_slots(parameters, stacked=pack_format is not None)
+        self.transformer_slots = transformer_slots(parameters)
         self.small = {
             name: SAFETENSORS_DTYPES[parameters[slot.parameter].dtype]
             for name, slot in self.transformer_slots.items()

@@ -1,5 +1,6 @@
 """Load the networks of an opened folder: where they live, in which dtype, with which kernels."""
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from .folder import ModelFolder
 from .moe.router import RouterPrecision
 from .moe.select import MoEBackend, choose_backend, expert_backend, log_choice
 from .ops.attention import AttentionBackend, attention_backend
-from .placement.placed import PlacedModule, units_by_prefix
+from .placement.placed import PlacedModule, Streams, units_by_prefix
+from .placement.streaming import EXPERT_UNIT, ExpertRing, ExpertStreaming, RingSlot, StreamedBank, copier_for
 from .quant.modules import is_quantized, swap, transform_to
 from .quant.policy import policy_of, same_storage
 from .transformer.model import Hunyuan3Transformer
@@ -51,6 +53,8 @@ class LoadOptions:
     drop_tokens: bool | None = None
     attention: AttentionBackend = "auto"
     format: str = "auto"
+    streaming: int = 0
+    vram: int | None = None
 
     def resolved(self, stored: str = "bf16") -> "ResolvedOptions":
         """Settles what is "auto" on this machine, for a folder whose weights are `stored` in a format.
@@ -73,10 +77,24 @@ class LoadOptions:
             )
         dynamic = policy.experts if policy is not None and policy.dynamic else None
         backend, reason = choose_backend(self.moe_backend, device, dtype, dynamic)
+        if self.streaming and self.moe_backend == "auto":
+            backend, reason = "loop", "experts that are streamed come one by one"
+        if self.streaming == 1 or self.streaming < 0:
+            raise RequestError(f"streaming is {self.streaming}; it must be 0, or at least 2 slots.")
         attention_backend(self.attention)  # refuses unknown names now, not after loading
         attention = "sdpa" if self.attention == "auto" else self.attention
         return ResolvedOptions(
-            device, dtype, vae_dtype, backend, reason, self.router, self.drop_tokens, attention, weight_format
+            device=device,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            moe_backend=backend,
+            moe_reason=reason,
+            router=self.router,
+            drop_tokens=self.drop_tokens,
+            attention=attention,
+            format=weight_format,
+            streaming=self.streaming,
+            vram=self.vram,
         )
 
 
@@ -93,6 +111,8 @@ class ResolvedOptions:
     drop_tokens: bool | None
     attention: str
     format: str
+    streaming: int = 0
+    vram: int | None = None
 
 
 def place_transformer(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
@@ -103,8 +123,13 @@ def place_transformer(folder: ModelFolder, options: ResolvedOptions) -> PlacedMo
     policy = policy_of(options.format)
     if policy is not None:
         swap(model, policy)
+    if options.streaming:
+        for layer in model.layers:
+            bank = layer.mlp.experts
+            layer.mlp.experts = StreamedBank([bank.alone() for _ in range(layer.mlp.num_experts)])
+        slots = transformer_slots(dict(model.named_parameters()))
     if policy is not None and folder.stored_format == "bf16":
-        slots = transformer_slots(dict(model.named_parameters()), stacked=folder.pack is not None)
+        slots = transformer_slots(dict(model.named_parameters()))
         transform = transform_to(policy, options.device)
     for layer in model.layers:
         layer.mlp.backend = expert_backend(options.moe_backend)
@@ -117,7 +142,30 @@ def place_transformer(folder: ModelFolder, options: ResolvedOptions) -> PlacedMo
     def dtype_of(name: str) -> torch.dtype:
         return stored.get(name) or (torch.float32 if name.endswith(ROUTER_SUFFIX) else options.dtype)
 
-    return _place("transformer", model.eval(), folder, slots, options, dtype_of, transform)
+    streams = _stream(model, options, dtype_of) if options.streaming else None
+    return _place("transformer", model.eval(), folder, slots, options, dtype_of, transform, streams)
+
+
+def _stream(
+    model: Hunyuan3Transformer, options: ResolvedOptions, dtype_of: Callable[[str], torch.dtype]
+) -> ExpertStreaming:
+    """Connects the layers' experts to a ring."""
+    banks = [layer.mlp.experts for layer in model.layers]
+    shapes = [{name: p.shape for name, p in bank[0].named_parameters()} for bank in banks]
+    if any(other != shapes[0] for other in shapes):
+        raise RequestError("This checkpoint's layers have experts of different sizes; they cannot be streamed yet.")
+    template = copy.deepcopy(banks[0][0])
+    dtypes = {name: dtype_of(f"layers.0.mlp.experts.0.{name}") for name in shapes[0]}
+
+    def make_slot() -> RingSlot:
+        bank = copy.deepcopy(template)
+        for name, shape in shapes[0].items():
+            room = torch.empty(shape, dtype=dtypes[name], device=options.device)
+            setattr(bank, name, nn.Parameter(room, requires_grad=False))
+        return RingSlot(bank)
+
+    nbytes = sum(shape.numel() * dtypes[name].itemsize for name, shape in shapes[0].items())
+    return ExpertStreaming(banks, ExpertRing(make_slot, options.streaming, copier_for(options.device)), nbytes)
 
 
 def place_vae(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
@@ -137,7 +185,16 @@ def place_vision(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
 
 def load_transformer(folder: ModelFolder, options: ResolvedOptions) -> Hunyuan3Transformer:
     """The transformer with its weights, ready to run."""
-    return place_transformer(folder, options).load()
+    placed = place_transformer(folder, options)
+    return placed.load(room=room_for(placed, options))
+
+
+def room_for(placed: PlacedModule, options: ResolvedOptions) -> int | None:
+    """Bytes that may still come to the device, the ring's taken off; None for no limit."""
+    if options.vram is None:
+        return None
+    ring = 0 if placed.streams is None else placed.streams.full_nbytes
+    return options.vram - ring - placed.loaded_bytes
 
 
 def _place(
@@ -148,6 +205,7 @@ def _place(
     options: ResolvedOptions,
     dtype_of: Callable[[str], torch.dtype],
     transform: Transform | None,
+    streams: Streams | None = None,
 ) -> PlacedModule:
     by_parameter: dict[str, dict[str, Slot]] = {}
     for published, slot in slots.items():
@@ -164,15 +222,23 @@ def _place(
             device=device,
             dtype_of=dtype_of,
             transform=transform,
+            pinned=device.type == "cpu" and options.device.type == "cuda",
             check_cancelled=check_cancelled,
         )
 
     sizes = {key: value.numel() * dtype_of(key).itemsize for key, value in module.named_parameters()}
-    return PlacedModule(name, module, units_by_prefix(sizes, _unit_of), options.device, read)
+    units = units_by_prefix(sizes, _unit_of, streams=lambda unit: unit.startswith(EXPERT_UNIT))
+    return PlacedModule(name, module, units, options.device, read, streams)
 
 
 def _unit_of(parameter: str) -> str:
-    """A transformer layer is a unit of its own; everything else of a network is one more."""
+    """A transformer layer is a unit of its own; everything else of a network is one more.
+
+    Experts that stream are a unit by their number, in all layers: so every layer has the same share on the device.
+    """
+    expert = re.match(r"layers\.\d+\.mlp\.experts\.(\d+)\.", parameter)
+    if expert:
+        return f"{EXPERT_UNIT}{expert[1]}"
     match = re.match(r"layers\.\d+", parameter)
     return match[0] if match else "rest"
 

@@ -27,7 +27,7 @@ from .folder import ModelFolder
 from .generate.prefix import PrefixStore
 from .generate.stages import StagePlan
 from .image.preprocess import align_output
-from .parts import LoadOptions, ResolvedOptions, place_transformer, place_vae, place_vision
+from .parts import LoadOptions, ResolvedOptions, place_transformer, place_vae, place_vision, room_for
 from .pictures import EncodedPicture, encode_pictures
 from .run import SamplingRun, require_latents
 from .transformer.model import Hunyuan3Transformer
@@ -52,7 +52,7 @@ class Hunyuan3:
     def open(cls, folder: str | Path, *, variant: str = "auto", **options: Any) -> "Hunyuan3":
         """Opens and checks a folder; the networks follow when they are first used.
 
-        `options`: device, dtype, vae_dtype, moe_backend, router, drop_tokens; see `LoadOptions`.
+        `options`: device, dtype, format, vram, ...; see `LoadOptions`.
 
         Raises CheckpointError, UnsupportedConfigError or RequestError, each naming the file or input at fault.
         """
@@ -70,12 +70,13 @@ class Hunyuan3:
     ) -> "Hunyuan3":
         """`open`, with the transformer's weights loaded at once."""
         model = cls.open(folder, **options)
-        model.placed_transformer.load(progress=progress, check_cancelled=check_cancelled)
+        room = room_for(model.placed_transformer, model.options)
+        model.placed_transformer.load(room=room, progress=progress, check_cancelled=check_cancelled)
         return model
 
     def transformer(self) -> Hunyuan3Transformer:
         """The transformer, loaded if it is not."""
-        return self.placed_transformer.load()
+        return self.placed_transformer.load(room=room_for(self.placed_transformer, self.options))
 
     def vae(self) -> AutoencoderKLConv3D:
         """The VAE, loaded if it is not."""
@@ -89,7 +90,7 @@ class Hunyuan3:
         """Drops the weights and the kept prompts; they are read and computed again when next used."""
         self.prefixes.clear()
         for part in (self.placed_transformer, self.placed_vae, self.placed_vision):
-            part.unload()
+            part.drop()
 
     def encode_pictures(
         self,

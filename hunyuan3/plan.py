@@ -21,7 +21,6 @@ from .folder import Networks
 from .ops.quantized import Scheme
 from .placement.plan import (
     DISK,
-    GROUP,
     PCIE4,
     DeviceBudget,
     HostBudget,
@@ -33,7 +32,7 @@ from .placement.plan import (
     attempt,
     plan,
 )
-from .quant.modules import is_quantized, swap
+from .quant.modules import CHUNK, is_quantized, swap
 from .quant.policy import FORMATS, policy_of
 
 _GIB = 2**30
@@ -90,7 +89,7 @@ def sizes_of(
     if policy is None:
         at_once, scratch = config.moe.num_experts, 0
     else:
-        at_once = GROUP
+        at_once = CHUNK
         scratch = _scratch(config, policy.experts, dtype)
     return PartSizes(
         layers=tuple(

@@ -1,5 +1,6 @@
 """Hunyuan3Loader: a checkpoint folder as a model handle."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -8,16 +9,18 @@ import torch
 from ..hunyuan3.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from ..hunyuan3.config import VARIANTS
 from ..hunyuan3.errors import RequestError
+from ..hunyuan3.folder import ModelFolder
 from ..hunyuan3.moe.select import MOE_BACKENDS
 from ..hunyuan3.ops.attention import ATTENTION_BACKENDS
-from ..hunyuan3.parts import DTYPES, VAE_DTYPES
+from ..hunyuan3.parts import DTYPES, VAE_DTYPES, LoadOptions
 from ..hunyuan3.pipeline import Hunyuan3
+from ..hunyuan3.placement.plan import RING_GROUPS as RING_SLOTS
 from ..hunyuan3.quant.policy import FORMATS
 from .compat import io, require_choice, schema
 from .folders import checkpoint_names, checkpoint_path
 from .io_types import HunyuanModel, ModelHandle
 from .memory import GIB, Budget, PartPatcher
-from .plan import describe_plan
+from .plan import planned
 from .progress import NodeProgress
 
 _PARSED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "system_prompt.py")
@@ -156,9 +159,8 @@ class Hunyuan3Loader(io.ComfyNode):
     ) -> io.NodeOutput:
         require_choice("checkpoint", checkpoint, checkpoint_names())
         budget = Budget(_bytes("vram_budget", vram_budget), _bytes("ram_budget", ram_budget))
-        model = Hunyuan3.open(
-            checkpoint_path(checkpoint),
-            variant=variant,
+        folder = ModelFolder.open(checkpoint_path(checkpoint), variant)
+        wanted = LoadOptions(
             device=mm.get_torch_device() if device == "auto" else torch.device(device),
             dtype=dtype,
             vae_dtype=vae_dtype,
@@ -167,6 +169,11 @@ class Hunyuan3Loader(io.ComfyNode):
             attention=attention,
             format=format,
         )
+        options = wanted.resolved(folder.stored_format)
+        plan, plan_text = planned(folder, options, budget)
+        if not plan.fits_whole:
+            options = replace(wanted, streaming=RING_SLOTS).resolved(folder.stored_format)
+        model = Hunyuan3(folder, options)
         handle = ModelHandle(
             name=checkpoint,
             model=model,
@@ -174,11 +181,11 @@ class Hunyuan3Loader(io.ComfyNode):
             vae=PartPatcher.of(model.placed_vae, budget=budget),
             vision=PartPatcher.of(model.placed_vision, budget=budget),
         )
-        chosen, planned = describe(handle), describe_plan(model, budget)
+        chosen = describe(handle)
         progress = NodeProgress(cls.hidden.unique_id)
-        progress.log(f"{chosen}\n{planned}")
-        progress.text(f"{planned.splitlines()[0]} {chosen}")  # all of it is in the history, and in the log
-        return io.NodeOutput(handle, ui={"text": [chosen, planned]})
+        progress.log(f"{chosen}\n{plan_text}")
+        progress.text(f"{plan_text.splitlines()[0]} {chosen}")  # all of it is in the history, and in the log
+        return io.NodeOutput(handle, ui={"text": [chosen, plan_text]})
 
 
 def describe(handle: ModelHandle) -> str:

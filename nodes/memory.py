@@ -55,8 +55,10 @@ class Budget:
         """
         limit = self.device_bytes(wanted[0].load_device)
         if limit is None:
+            for part in wanted:
+                part.room = None
             return
-        weights = sum(part.placed.total_bytes for part in wanted)
+        weights = sum(part.least_bytes for part in wanted)
         others = [part for part in self.parts if part not in wanted]
         over = weights + work + sum(part.loaded_size() for part in others) - limit
         for part in others:
@@ -68,6 +70,8 @@ class Budget:
         if over + sum(part.kept_bytes() for part in wanted) > 0:
             for part in wanted:
                 part.give_up_kept()
+        for part in wanted:  # what may stream takes what is left
+            part.room = max(0, -over)
         if over > 0:
             names = " and the ".join(part.placed.name for part in wanted)
             raise OutOfBudgetError(
@@ -106,6 +110,13 @@ class PartPatcher(ModelPatcher):
         self.prefixes = prefixes
         self.budget = budget or Budget()
         self.progress: Progress = no_progress
+        self.room: int | None = None  # bytes beyond `least_bytes` that the loader's budget allows
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes that must be on the device for the part to run: not those of experts that may stream."""
+        ring = 0 if self.placed.streams is None else self.placed.streams.full_nbytes
+        return self.placed.required_bytes + ring
 
     @classmethod
     def of(
@@ -134,10 +145,19 @@ class PartPatcher(ModelPatcher):
         return False
 
     def model_size(self) -> int:
-        return self.placed.total_bytes + self.kept_bytes() if self.placed is not None else self.size
+        """Bytes that it wants on the device. Once it is ready, what streams wants no more than it has."""
+        if self.placed is None:
+            return self.size
+        if self.placed.streams is not None and self.placed.is_ready:
+            return self.loaded_size()
+        return self.placed.total_bytes + self.kept_bytes()
 
     def loaded_size(self) -> int:
-        return self.placed.loaded_bytes + self.kept_bytes() if self.placed is not None else 0
+        """Bytes on the device: weights, kept prompts, and the ring of what streams."""
+        if self.placed is None:
+            return 0
+        ring = 0 if self.placed.streams is None else self.placed.streams.nbytes
+        return self.placed.loaded_bytes + self.kept_bytes() + ring
 
     def current_loaded_device(self) -> torch.device:
         return self.load_device if self.loaded_size() else self.offload_device
@@ -150,12 +170,21 @@ class PartPatcher(ModelPatcher):
     ) -> int:
         """Loads what is missing; returns the bytes that came to the device. `extra_memory`: bytes that may be used."""
         missing = self.model_size() - self.loaded_size()
-        if missing == 0:
+        if missing == 0 and self.placed.streams is None:
             return 0
         before = self.loaded_size()
         try:
-            self._require_room(missing, extra_memory)
-            self.placed.load(progress=self.progress, check_cancelled=mm.throw_exception_if_processing_interrupted)
+            if self.placed.streams is None:
+                self._require_room(missing, extra_memory)
+                room = None
+            else:
+                room = self._settle_streams(extra_memory)
+            self.placed.load(
+                room=room,
+                host_has_room=self.budget.host_has_room,
+                progress=self.progress,
+                check_cancelled=mm.throw_exception_if_processing_interrupted,
+            )
         except BaseException as error:
             # The manager does not list a part whose loading failed, so nobody would ever evict what is there already.
             self.give_up_kept()
@@ -200,6 +229,24 @@ class PartPatcher(ModelPatcher):
     def add_patches(self, *args: object, **kwargs: object) -> list[str]:
         raise RequestError("LoRA and other weight patches are not supported for Hunyuan Image 3 yet.")
 
+    def _settle_streams(self, extra_memory: float) -> int:
+        """Bytes that experts may still take on the device, when `extra_memory` more may be used; 0 after some had to go
+        to make room.
+        """
+        streams, placed = self.placed.streams, self.placed
+        beside = sum(unit.nbytes for unit in placed.units if unit.streams and placed.is_on_device(unit))
+        missing = placed.required_bytes - (placed.loaded_bytes - beside)
+        room = int(min(extra_memory, 2**62)) - (streams.full_nbytes - streams.nbytes) - missing
+        if self.room is not None:
+            room = min(room, self.room - beside)
+        if room < 0:
+            room += self.give_up_kept()
+        if room < 0:
+            room += placed.shrink(-room, self.budget.host_has_room)
+        if room < 0:
+            self._require_room(missing - room, missing)
+        return missing + room
+
     def _require_room(self, missing: int, room: float) -> None:
         if missing > room:
             raise RequestError(
@@ -215,6 +262,14 @@ class PartPatcher(ModelPatcher):
         """Drops the kept prompts; returns the bytes freed."""
         return 0 if self.prefixes is None else self.prefixes.clear()
 
+    def make_way(self, nbytes: int) -> int:
+        """Frees so many bytes on the device, if it can without ceasing to be ready; returns the bytes freed."""
+        freed = self.give_up_kept()
+        if freed < nbytes and self.placed.streams is not None:
+            freed += self.placed.shrink(nbytes - freed, self.budget.host_has_room)
+            self._tell_model()
+        return freed
+
     def _tell_model(self) -> None:
         self.model.model_loaded_weight_memory = self.loaded_size()
 
@@ -228,7 +283,8 @@ def bring_to_device(
 ) -> None:
     """Has the memory manager load parts together, with so many bytes to spare for the work, evicting others if needed.
 
-    Kept prompts are given up where the room is still too small: the manager never evicts from what it is asked to load.
+    Kept prompts, and experts that may stream, make way where the room is still too small: the manager never evicts from
+    what it is asked to load.
     If memory runs out nevertheless, everything else is evicted and what is missing is loaded once more; then
     OutOfBudgetError is raised, with `advice`, the settings that would make these parts smaller. It is raised at once
     where the loader's budget does not allow the work.
@@ -246,7 +302,8 @@ def bring_to_device(
         tell=lambda text: progress(text, 0, 1),
     )
     for part in parts:
-        if mm.get_free_memory(part.load_device) < memory_required and part.give_up_kept():
+        missing = memory_required - mm.get_free_memory(part.load_device)
+        if missing > 0 and part.make_way(int(missing)):
             mm.soft_empty_cache()
 
 

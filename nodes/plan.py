@@ -1,11 +1,14 @@
 """The loader's plan: what this machine has, as ComfyUI knows it, and what the model would do with it."""
 
+from dataclasses import replace
+
 import comfy.model_management as mm
 import torch
 
 from ..hunyuan3.errors import OutOfBudgetError
-from ..hunyuan3.pipeline import Hunyuan3
-from ..hunyuan3.placement.plan import DeviceBudget, HostBudget, Plan, Rate, Workload, attempt, plan
+from ..hunyuan3.folder import ModelFolder
+from ..hunyuan3.parts import ResolvedOptions
+from ..hunyuan3.placement.plan import DeviceBudget, HostBudget, PartSizes, Plan, Rate, Workload, attempt, plan
 from ..hunyuan3.plan import rates_of_card, sizes_of
 from ..hunyuan3.quant.policy import FORMATS, storage_of
 from .memory import GIB, Budget, most_free_memory
@@ -15,14 +18,14 @@ _CPU_COMPUTE, _CPU_MEMORY = 1e12, 50e9  # FLOP/s and bytes/s of an ordinary proc
 _SMALLER = (1024, 768, 512, 256, 128)  # sides of pictures that are tried where the base size does not fit
 
 
-def describe_plan(model: Hunyuan3, budget: Budget) -> str:
-    """The plan as text. Where the model's own base size does not fit, that of the largest square that does, saying so.
+def planned(folder: ModelFolder, options: ResolvedOptions, budget: Budget) -> tuple[Plan, str]:
+    """(plan, the same as text). Where the model's own base size does not fit, that of the largest square that does,
+    saying so.
 
-    Raises OutOfBudgetError with numbers and advice if no picture can be drawn. Weights are not streamed yet: all of
-    them must fit on the device.
+    Raises OutOfBudgetError with numbers and advice if no picture can be drawn. On a CPU all weights must fit; to any
+    other device experts may be streamed from host memory.
     """
-    config, options = model.folder.config, model.options
-    base = config.image_base_size
+    config, base = folder.config, folder.config.image_base_size
     work = Workload(
         width=base,
         height=base,
@@ -30,42 +33,33 @@ def describe_plan(model: Hunyuan3, budget: Budget) -> str:
         dtype=options.dtype,
         vae_dtype=options.vae_dtype,
     )
-    sizes = {options.format: _sizes(model, options.format)}
+    sizes = {options.format: _sizes(folder, options, options.format)}
     device, host = _device(options.device, budget), _host(options.device, budget)
+    ways = {"streaming": not mm.is_device_cpu(options.device), "split": False}
 
     def fits(side: int) -> Plan | None:
-        smaller = Workload(**(vars(work) | {"width": side, "height": side}))
-        made = attempt(config, sizes[options.format], [device], host, smaller, streaming=False, split=False)
+        smaller = replace(work, width=side, height=side)
+        made = attempt(config, sizes[options.format], [device], host, smaller, **ways)
         return made if isinstance(made, Plan) else None
 
     made = fits(base)
     if made is not None:
-        return made.text()
+        return made, made.text()
     for side in (side for side in _SMALLER if side < base):
         if (made := fits(side)) is not None:
-            return f"{base}x{base} does not fit, {side}x{side} does.\n{made.text()}"
-    if model.folder.stored_format == "bf16":  # a pack is what it is
-        sizes |= {name: _sizes(model, name) for name in FORMATS if name == storage_of(name) and name not in sizes}
+            return made, f"{base}x{base} does not fit, {side}x{side} does.\n{made.text()}"
+    if folder.stored_format == "bf16":  # a pack is what it is
+        sizes |= {name: _sizes(folder, options, name) for name in FORMATS if name == storage_of(name)} | sizes
     try:
-        plan(
-            config,
-            sizes[options.format],
-            [device],
-            host,
-            work,
-            streaming=False,
-            split=False,
-            alternatives=sizes,
-        )
+        plan(config, sizes[options.format], [device], host, work, alternatives=sizes, **ways)
     except OutOfBudgetError as error:
         raise OutOfBudgetError(f"This model cannot be drawn with here: {error}") from None
     raise AssertionError("a plan that was refused before is there now")
 
 
-def _sizes(model: Hunyuan3, weight_format: str):
-    options = model.options
+def _sizes(folder: ModelFolder, options: ResolvedOptions, weight_format: str) -> PartSizes:
     one_by_one = 1 if options.moe_backend == "loop" else None
-    return sizes_of(model.folder.config, weight_format, options.dtype, options.vae_dtype, experts_at_once=one_by_one)
+    return sizes_of(folder.config, weight_format, options.dtype, options.vae_dtype, experts_at_once=one_by_one)
 
 
 def _device(device: torch.device, budget: Budget) -> DeviceBudget:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import read_json
 from ..errors import CheckpointError
+from .keymap import unstacked
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -42,6 +43,7 @@ class CheckpointIndex:
 
     def __init__(self, tensors: dict[str, TensorInfo]) -> None:
         self.tensors = tensors
+        self._stacked = tensors  # as the files have them
         self._stamps = {file: _stamp(file) for file in {info.file for info in tensors.values()}}
 
     @classmethod
@@ -69,6 +71,23 @@ class CheckpointIndex:
     def __len__(self) -> int:
         return len(self.tensors)
 
+    def unstacked(self) -> "CheckpointIndex":
+        """With the experts of a pack's stacked tensors as tensors of their own, under their published names."""
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in self.tensors.items():
+            around = unstacked(name)
+            if around is None:
+                tensors[name] = info
+                continue
+            size = info.nbytes // info.shape[0]
+            for expert in range(info.shape[0]):
+                offset = info.offset + expert * size
+                row = TensorInfo(info.file, info.shape[1:], info.dtype, offset, size)
+                tensors[f"{around[0]}{expert}.{around[1]}"] = row
+        index = CheckpointIndex(tensors)
+        index._stacked = self.tensors
+        return index
+
     def require_unchanged(self, file: Path) -> None:
         """Raises CheckpointError if a file no longer holds what it held when it was indexed.
 
@@ -77,7 +96,7 @@ class CheckpointIndex:
         if file.exists() and _stamp(file) == self._stamps[file]:
             return
         now = _read_header(file)
-        before = {name: info for name, info in self.tensors.items() if info.file == file}
+        before = {name: info for name, info in self._stacked.items() if info.file == file}
         if any(now.get(name) != info for name, info in before.items()):
             raise CheckpointError(f"{file} has changed since the checkpoint was opened. Download this file again.")
         self._stamps[file] = _stamp(file)

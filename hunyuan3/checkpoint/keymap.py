@@ -58,6 +58,8 @@ _VISION_FRAGMENTS = (
 )
 _UNDER_MODEL = ("wte.", "layers.", "ln_f.")
 _EXPERT_BANKS = {"gate_up": "gate_and_up_proj", "down": "down_proj"}
+_EXPERT_NAME = re.compile(r"(layers\.\d+\.mlp\.experts\.\d+)\.(gate_up|down)((?:_scale_\d)?)")  # a bank of one
+_STACKED_NAME = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)((?:gate_and_up|down)_proj\.weight(?:_scale_\d)?)")
 _BANK_NAME = re.compile(r"(layers\.\d+\.mlp\.experts)\.(gate_up|down)((?:_scale_\d)?)")
 
 
@@ -68,6 +70,11 @@ def transformer_slots(parameters: Mapping[str, torch.Tensor], *, stacked: bool =
     """
     slots: dict[str, Slot] = {}
     for parameter, tensor in parameters.items():
+        alone = _EXPERT_NAME.fullmatch(parameter)
+        if alone is not None:
+            name = f"model.{alone[1]}.{_EXPERT_BANKS[alone[2]]}.weight{alone[3]}"
+            slots[name] = Slot(parameter, 0, tuple(tensor.shape[1:]))
+            continue
         bank = _BANK_NAME.fullmatch(parameter)
         if bank is None:
             name = _published_name(parameter, _TRANSFORMER_FRAGMENTS)
@@ -82,6 +89,12 @@ def transformer_slots(parameters: Mapping[str, torch.Tensor], *, stacked: bool =
             name = f"model.{bank[1]}.{expert}.{_EXPERT_BANKS[bank[2]]}.weight{bank[3]}"
             slots[name] = Slot(parameter, expert, tuple(tensor.shape[1:]))
     return slots
+
+
+def unstacked(name: str) -> tuple[str, str] | None:
+    """(before, after) the expert's number in the name of each expert of a stacked tensor, None for any other tensor."""
+    match = _STACKED_NAME.fullmatch(name)
+    return (match[1], match[2]) if match else None
 
 
 def vae_slots(parameters: Mapping[str, torch.Tensor]) -> dict[str, Slot]:

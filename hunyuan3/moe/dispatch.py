@@ -3,14 +3,16 @@
 T tokens, K choices each, N = T * K pairs.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from .router import Routing
 
 
-class Dispatch(NamedTuple):
+@dataclass(frozen=True)
+class Dispatch:
     """The pairs in expert order.
 
     token: (N,) int64, the token of each sorted pair. place: (T, K) int64, where pair (t, k) went. ends: (E,) int32,
@@ -20,6 +22,19 @@ class Dispatch(NamedTuple):
     token: torch.Tensor
     place: torch.Tensor
     ends: torch.Tensor
+
+    @cached_property
+    def ends_on_host(self) -> list[int]:
+        """`ends` as numbers. Waits for the device, once."""
+        return self.ends.tolist()
+
+    @property
+    def chosen(self) -> list[int]:
+        """The experts that somebody chose, in order. Waits for the device, once."""
+        starts = (0, *self.ends_on_host[:-1])
+        return [
+            expert for expert, (start, end) in enumerate(zip(starts, self.ends_on_host, strict=True)) if start < end
+        ]
 
     @classmethod
     def sort(cls, ids: torch.Tensor, num_experts: int) -> "Dispatch":

@@ -43,6 +43,6 @@ class MoELayer(nn.Module):
             routing = drop_over_capacity(routing, self.num_experts, self.capacity_factor)
         dispatch = Dispatch.sort(routing.ids, self.num_experts)
         outputs = flat.new_empty(len(dispatch.token), flat.shape[1])
-        for experts in self.experts.chunks():
+        for experts in self.experts.chunks(dispatch):
             self.backend(flat, dispatch, experts, outputs)
         return (self.shared_mlp(flat) + combine(outputs, dispatch, routing)).view_as(x)

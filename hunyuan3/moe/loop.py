@@ -17,7 +17,7 @@ def run_experts(x: torch.Tensor, dispatch: Dispatch, experts: ExpertWeights, out
         experts: some consecutive experts of the layer.
         out: (N, D); only the rows of these experts are written.
     """
-    ends = dispatch.ends.tolist()
+    ends = dispatch.ends_on_host
     rows = rows_for(x, experts.gate_up)  # before the gather: a token is quantised once, not for each of its experts
     stop = ends[experts.first - 1] if experts.first else 0
     for index in range(experts.count):

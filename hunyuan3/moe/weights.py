@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..ops.product import Weight
+from .dispatch import Dispatch
 
 
 class ExpertWeights(NamedTuple):
@@ -29,8 +30,9 @@ class ExpertWeights(NamedTuple):
 class ExpertBank(nn.Module):
     """All routed experts of a layer, resident: the weight source of the plain case.
 
-    A weight source is anything with `chunks()`: it yields the layer's experts in order, in one piece or in several,
-    and may free or overwrite a piece once the next is asked for. That is where streaming comes in from outside.
+    A weight source is anything with `chunks(dispatch)`: it yields the layer's experts, in one piece or in several, in
+    any order, and may leave out those that nobody chose. It may free or overwrite a piece once the next is asked for.
+    That is where streaming comes in from outside (placement.streaming).
     """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -39,7 +41,13 @@ class ExpertBank(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.chunk_size = num_experts
 
-    def chunks(self) -> Iterator[ExpertWeights]:
+    def alone(self) -> "ExpertBank":
+        """An empty bank for a single one of these experts, on the meta device."""
+        with torch.device("meta"):
+            _experts, doubled, hidden_size = self.gate_up.shape
+            return ExpertBank(1, hidden_size, doubled // 2)
+
+    def chunks(self, dispatch: Dispatch | None = None) -> Iterator[ExpertWeights]:
         """The experts in order, `chunk_size` at a time."""
         for first in range(0, self.gate_up.shape[0], self.chunk_size):
             part = slice(first, first + self.chunk_size)

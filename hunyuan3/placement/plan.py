@@ -19,8 +19,8 @@ from ..config import ModelConfig
 from ..errors import OutOfBudgetError, RequestError
 from . import estimate
 
-GROUP = 8  # experts that are copied, and computed, together
-RING_GROUPS = 2  # one is computed while the next is copied
+GROUP = 1  # experts that are copied, and computed, together: one of the published model is 20 to 75 MB
+RING_GROUPS = 4  # one is computed, one has arrived, the next ones are copied
 PCIE4 = 25e9  # bytes per second that a PCIe 4.0 x16 link brings from pinned memory
 PAGEABLE = 8e9  # from pageable memory, which goes through a pinned buffer
 DISK = 3e9  # from a solid state drive that sustains it
@@ -52,7 +52,7 @@ class PartSizes:
     vae: int
     vision: int
     head: int = 0
-    experts_at_once: int = GROUP
+    experts_at_once: int = 8
     scratch: int = 0
 
     @property
@@ -173,7 +173,8 @@ class DevicePlan:
 
     weights: dense parts, resident experts, and on the first device the rest. cache: keys and values. activations: the
     most that is alive in a pass. ring: slots for streamed experts, `group` of them copied at a time. at_once: experts
-    of a layer computed together. load, denoise, decode: peaks. evicted: weights that make room for decoding.
+    of a layer computed together, at most `most_at_once`. load, denoise, decode: peaks. evicted: weights that make room
+    for decoding.
     """
 
     name: str
@@ -184,6 +185,7 @@ class DevicePlan:
     ring: int
     group: int
     at_once: int
+    most_at_once: int
     load: int
     denoise: int
     decode: int
@@ -232,6 +234,11 @@ class Plan:
         """Of all experts."""
         total = sum(layer.resident + layer.streamed for layer in self.layers)
         return sum(layer.streamed for layer in self.layers) / total
+
+    @property
+    def fits_whole(self) -> bool:
+        """Whether all experts are resident and computed as many at once as they would be without a plan."""
+        return not self.streamed_share and all(device.at_once == device.most_at_once for device in self.devices)
 
     def text(self) -> str:
         """A few lines for everybody, then the numbers."""
@@ -653,6 +660,7 @@ def _finish(
                 ring=fit.ring,
                 group=min(fit.group, sizes.experts - fit.resident) if streams else 0,
                 at_once=min(fit.at_once, sizes.experts_at_once),
+                most_at_once=min(sizes.experts, sizes.experts_at_once),
                 load=load,
                 denoise=denoise,
                 decode=fit.weights - at_decode + (decode if is_home else 0),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.load import Transform
+from ..moe.dispatch import Dispatch
 from ..moe.weights import ExpertWeights
 from ..ops.product import linear
 from ..ops.quantized import (
@@ -24,7 +25,7 @@ from ..ops.quantized import (
 from ..transformer.model import Hunyuan3Transformer
 from .policy import QuantPolicy
 
-_CHUNK = 8  # experts that are dequantised at once
+CHUNK = 8  # experts that are dequantised at once
 
 
 class QuantLinear(nn.Module):
@@ -48,11 +49,16 @@ class QuantExpertBank(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.dynamic = dynamic
-        self.chunk_size = _CHUNK
+        self.chunk_size = CHUNK
         _register(self, "gate_up", gate_up, scheme)
         _register(self, "down", down, scheme)
 
-    def chunks(self) -> Iterator[ExpertWeights]:
+    def alone(self) -> "QuantExpertBank":
+        """An empty bank for a single one of these experts, on the meta device."""
+        gate_up, down = ((1, *_weight(self, name).shape[1:]) for name in ("gate_up", "down"))
+        return QuantExpertBank(gate_up, down, self.scheme, self.dynamic)
+
+    def chunks(self, dispatch: Dispatch | None = None) -> Iterator[ExpertWeights]:
         """The experts in order, `chunk_size` at a time."""
         gate_up, down = _weight(self, "gate_up"), _weight(self, "down")
         for first in range(0, gate_up.shape[0], self.chunk_size):

@@ -42,7 +42,7 @@ _POLICIES: dict[str, QuantPolicy | None] = {
     "int4": QuantPolicy(experts="int4", linears="int8"),
 }
 _DYNAMIC = "_dynamic"
-_EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(\d+\.)?(gate_and_up_proj|down_proj)\.weight")
+_EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate_and_up_proj|down_proj)\.weight")
 _LINEAR = re.compile(
     r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.shared_mlp\.(gate_and_up_proj|down_proj))\.weight"
 )

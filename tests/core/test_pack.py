@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hunyuan3 import pack as packing
-from hunyuan3.checkpoint.index import INDEX_NAME
+from hunyuan3.checkpoint.index import INDEX_NAME, CheckpointIndex
 from hunyuan3.checkpoint.manifest import PACK_NAME, UNFINISHED_NAME
 from hunyuan3.checkpoint.shard import ShardWriter, StoredTensor
 from hunyuan3.config import ModelConfig
@@ -96,7 +96,8 @@ def test_what_is_packed_and_how(folders, packs):
         assert folder.config == published.config
         assert folder.system_prompts.texts == published.system_prompts.texts
         assert (path / "tokenizer.json").read_bytes() == (folders["instruct"] / "tokenizer.json").read_bytes()
-        layer = {key: info for key, info in folder.index.tensors.items() if key.startswith("model.layers.1.")}
+        stored = CheckpointIndex.from_folder(path)
+        layer = {key: info for key, info in stored.tensors.items() if key.startswith("model.layers.1.")}
         assert {info.file.name for info in layer.values()} == {"layer-001.safetensors"}
         experts = layer["model.layers.1.mlp.experts.down_proj.weight"]
         assert experts.shape[0] == folder.config.moe.num_experts

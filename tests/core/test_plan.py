@@ -24,6 +24,7 @@ from hunyuan3.parts import LoadOptions, place_transformer, place_vae, place_visi
 from hunyuan3.placement import estimate
 from hunyuan3.placement.plan import (
     GROUP,
+    RING_GROUPS,
     DeviceBudget,
     HostBudget,
     LayerSizes,
@@ -77,7 +78,7 @@ def check(made, config, sizes, devices, host, work):
         slot = max(size.expert for _layer, size in mine)
         if mine[0][0].streamed:
             assert 1 <= device.group <= min(GROUP, mine[0][0].streamed)
-            assert device.ring == 2 * device.group * slot
+            assert device.ring == RING_GROUPS * device.group * slot
         else:
             assert device.ring == 0
         assert device.activations >= work.batch * work.rows * work.window(config) * config.hidden_size * 4

@@ -13,7 +13,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +54,18 @@ class Opened:
     """An opened tiny checkpoint whose parts compute on CARD."""
 
     def __init__(
-        self, pack: ComfyPack, folder: Path, card: Card, vram: int | None = None, ram: int | None = None
+        self,
+        pack: ComfyPack,
+        folder: Path,
+        card: Card,
+        vram: int | None = None,
+        ram: int | None = None,
+        streaming: int = 0,
     ) -> None:
         pipeline = submodule(pack, "hunyuan3.pipeline")
         self.memory = submodule(pack, "nodes.memory")
-        self.core = pipeline.Hunyuan3.open(folder, device=CARD, dtype="float32", vae_dtype="float32")
+        options = {"device": CARD, "dtype": "float32", "vae_dtype": "float32", "streaming": streaming}
+        self.core = pipeline.Hunyuan3.open(folder, **options)
         budget = self.memory.Budget(vram, ram)
         self.transformer = self.memory.PartPatcher.of(self.core.placed_transformer, self.core.prefixes, budget)
         self.vae = self.memory.PartPatcher.of(self.core.placed_vae, budget=budget)
@@ -67,11 +74,21 @@ class Opened:
     def bring(self, part: Any, work: int = 0, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
         self.memory.bring_to_device(part, work, progress)
 
-    def picture(self) -> torch.Tensor:
-        """What it draws, with both parts brought to the device as the nodes do."""
+    def latents(self, between: Callable[[], None] = lambda: None) -> torch.Tensor:
+        """What it draws, with the transformer brought to the device as the sampler does. `between`: after each step."""
         self.bring(self.transformer)
-        run = self.core.sample(self.core.conditioning("a red fox", width=64, height=64), seed=1, steps=2)
-        latents = run.latents
+        conditioning = self.core.conditioning("a red fox", width=64, height=64)
+        prepare = sys.modules[type(self.core).__module__].SamplingRun.prepare
+        # Not core.sample(), which would load what the manager has evicted.
+        module = self.core.placed_transformer.module
+        run = prepare(self.core.folder, module, conditioning, seed=1, steps=2, prefixes=self.core.prefixes)
+        for _step in run:
+            between()
+        return run.latents
+
+    def picture(self) -> torch.Tensor:
+        """`latents`, decoded."""
+        latents = self.latents()
         self.bring(self.vae)
         return self.core.decode(latents)
 
@@ -93,6 +110,7 @@ def card(mm: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card
     monkeypatch.setattr(mm, "is_device_cpu", lambda device: device == HOST)
     monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
     monkeypatch.setattr(mm, "lowvram_available", True)
+    monkeypatch.setattr(mm, "MIN_WEIGHT_MEMORY_RATIO", 0.0)  # as for a card of NVIDIA's
     monkeypatch.setattr(mm, "EXTRA_RESERVED_VRAM", RESERVED)
     monkeypatch.setattr(mm, "current_loaded_models", [])
     monkeypatch.setattr(mm, "soft_empty_cache", lambda *_a, **_k: None)
@@ -111,6 +129,13 @@ def whole_picture(comfy_pack: ComfyPack, tiny_checkpoint: Path) -> torch.Tensor:
     core = submodule(comfy_pack, "hunyuan3.pipeline").Hunyuan3.open(tiny_checkpoint, device=HOST, dtype="float32")
     run = core.sample(core.conditioning("a red fox", width=64, height=64), seed=1, steps=2)
     return core.decode(run.latents)
+
+
+@pytest.fixture(scope="module")
+def whole_latents(comfy_pack: ComfyPack, tiny_checkpoint: Path) -> torch.Tensor:
+    """What the transformer draws when nothing is ever evicted."""
+    core = submodule(comfy_pack, "hunyuan3.pipeline").Hunyuan3.open(tiny_checkpoint, device=HOST, dtype="float32")
+    return core.sample(core.conditioning("a red fox", width=64, height=64), seed=1, steps=2).latents
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -295,6 +320,119 @@ def test_evicted_weights_stay_within_the_ram_budget(
     assert opened.transformer.partially_unload(HOST, 1e30) > 0
     assert on_meta(opened.transformer)
     torch.testing.assert_close(opened.picture(), whole_picture, rtol=0, atol=0)
+
+
+# --- experts that stream ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def streamed(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path, mm: types.ModuleType) -> Opened:
+    """On a card with room for a third of the experts."""
+    opened = Opened(comfy_pack, tiny_checkpoint, card, streaming=3)
+    part = opened.transformer
+    card.total = least(mm) + part.least_bytes + (part.placed.total_bytes - part.placed.required_bytes) // 3 + 1000
+    return opened
+
+
+def on_card(opened: Opened) -> int:
+    """Experts of a layer that are on the card."""
+    return sum(opened.core.placed_transformer.module.layers[0].mlp.experts.resident)
+
+
+def test_a_card_that_is_too_small_draws_the_same_picture(
+    mm: types.ModuleType, card: Card, streamed: Opened, whole_latents: torch.Tensor
+):
+    torch.testing.assert_close(streamed.latents(), whole_latents, rtol=0, atol=0)
+    part = streamed.transformer
+    streamed.bring(part)
+    assert 0 < on_card(streamed) < 8
+    assert card.free(CARD) >= 0
+    assert mm.loaded_models()[0] is part
+    torch.testing.assert_close(streamed.latents(), whole_latents, rtol=0, atol=0)
+
+
+def test_experts_make_way_for_more_work_and_come_back(card: Card, streamed: Opened, whole_latents: torch.Tensor):
+    streamed.bring(streamed.transformer)
+    before = on_card(streamed)
+    card.total += 10 * MIB  # ComfyUI's own minimum stands for less than this work
+    streamed.bring(streamed.transformer, work=int(0.8 * 2**30) + 10 * MIB + 100_000)
+    assert on_card(streamed) < before
+    assert streamed.transformer.placed.is_ready
+    card.total += 100 * MIB
+    streamed.bring(streamed.transformer)
+    assert on_card(streamed) == 8
+    torch.testing.assert_close(streamed.latents(), whole_latents, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("nbytes", [1000, 1e30], ids=["a little", "everything"])
+def test_eviction_in_the_middle_of_a_drawing(
+    mm: types.ModuleType, card: Card, streamed: Opened, whole_latents: torch.Tensor, nbytes: float
+):
+    """By another model that wants the card; what is not only experts comes back as a sampler would bring it."""
+    steps = []
+
+    def another_model() -> None:
+        steps.append(on_card(streamed))
+        mm.free_memory(card.free(CARD) + nbytes, CARD)
+        if not streamed.transformer.placed.is_ready:
+            streamed.bring(streamed.transformer)
+
+    torch.testing.assert_close(streamed.latents(another_model), whole_latents, rtol=0, atol=0)
+    assert len(steps) == 2
+    torch.testing.assert_close(streamed.latents(), whole_latents, rtol=0, atol=0)
+
+
+def test_streamed_bytes_freed_are_the_bytes_reported(mm: types.ModuleType, card: Card, streamed: Opened):
+    _ = streamed.latents()
+    part = streamed.transformer
+    while part.loaded_size():
+        before = card.free(CARD)
+        freed = part.partially_unload(HOST, 1)
+        assert freed > 0
+        assert card.free(CARD) - before == freed
+    streamed.bring(part)
+    mm.free_memory(1e30, CARD)
+    assert part.loaded_size() == 0
+    assert mm.loaded_models() == []
+
+
+def test_a_budget_leaves_experts_in_host_memory(
+    comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path, whole_latents: torch.Tensor
+):
+    """On a card with room for everything, the loader's vram_budget decides."""
+    sizes = Opened(comfy_pack, tiny_checkpoint, Card(), streaming=3).transformer
+    limit = sizes.least_bytes + (sizes.placed.total_bytes - sizes.placed.required_bytes) // 2
+    opened = Opened(comfy_pack, tiny_checkpoint, card, vram=limit, streaming=3)
+    opened.bring(opened.transformer)
+    assert 0 < on_card(opened) < 8
+    assert opened.transformer.loaded_size() + opened.transformer.placed.streams.full_nbytes <= limit
+    card.parts = [opened.transformer, opened.vae]
+    run = opened.core.sample(opened.core.conditioning("a red fox", width=64, height=64), seed=1, steps=2)
+    assert torch.isfinite(run.latents).all()
+
+
+def test_loader_streams_where_the_card_is_too_small(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path):
+    """The published model on 24 GiB, as int4, with 64 GiB of RAM; and on 64 GiB."""
+    planned, memory = submodule(comfy_pack, "nodes.plan").planned, submodule(comfy_pack, "nodes.memory")
+    folder = submodule(comfy_pack, "hunyuan3.folder").ModelFolder.open(tiny_checkpoint)
+    folder = replace(folder, config=submodule(comfy_pack, "hunyuan3.plan").published_config())
+    options = (
+        submodule(comfy_pack, "hunyuan3.parts").LoadOptions(device=CARD, dtype="bfloat16", format="int4").resolved()
+    )
+    card.total, card.host_free = 24 * 2**30, 64 * 2**30
+    plan, text = planned(folder, options, memory.Budget())
+    assert not plan.fits_whole
+    assert 0.2 < plan.streamed_share < 0.9
+    assert "of the experts stay on cpu:0" in text
+    assert "in every step" in text
+    smaller, _text = planned(folder, options, memory.Budget(vram=16 * 2**30))
+    assert smaller.streamed_share > plan.streamed_share
+    with pytest.raises(sys.modules[memory.RequestError.__module__].OutOfBudgetError, match="host memory"):
+        planned(folder, options, memory.Budget(ram=8 * 2**30))
+    card.total = 64 * 2**30
+    plan, text = planned(folder, options, memory.Budget())
+    assert plan.fits_whole
+    assert text.startswith("Everything fits on cpu:0.")
 
 
 # --- trouble ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`python -m tests.parity FOLDER [--allow-missing] [--dump OUT] [--only GLOB] [--format F]`."""
+"""`python -m tests.parity FOLDER [--allow-missing] [--dump OUT] [--only GLOB] [--format F] [--streaming SLOTS]`."""
 
 import argparse
 import fnmatch
@@ -31,10 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="bf16",
         help="scenarios in a weight format, within its stated error",
     )
+    parser.add_argument(
+        "--streaming",
+        type=int,
+        default=0,
+        metavar="SLOTS",
+        help="two thirds of the experts by such a ring",
+    )
     asked = parser.parse_args(arguments)
     if asked.dump:
         asked.dump.mkdir(parents=True, exist_ok=True)
-    report = run(asked.folder, only=asked.only, dump=asked.dump, weight_format=asked.format)
+    report = run(asked.folder, only=asked.only, dump=asked.dump, weight_format=asked.format, streaming=asked.streaming)
     if not report.passed and not report.failed:
         print(f"Nothing was compared: is {asked.folder} a folder of recordings?", file=sys.stderr)
     print(report.summary)
@@ -42,9 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def run(folder: Path, *, only: str = "*", dump: Path | None = None, weight_format: str = "bf16") -> Report:
-    """Checks every recording in the folder; in another weight format the scenarios alone."""
-    bench, report = Bench(folder, dumping=dump is not None, weight_format=weight_format), Report(dump)
+def run(
+    folder: Path, *, only: str = "*", dump: Path | None = None, weight_format: str = "bf16", streaming: int = 0
+) -> Report:
+    """Checks every recording in the folder; in another weight format the scenarios alone.
+
+    `streaming`: slots of a ring through which two thirds of the experts come; 0: all are resident.
+    """
+    bench = Bench(folder, dumping=dump is not None, weight_format=weight_format, streaming=streaming)
+    report = Report(dump)
     for kind, check in CHECKS.items():
         if weight_format != "bf16" and kind == "components":
             continue

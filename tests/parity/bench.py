@@ -1,6 +1,7 @@
 """A folder of recordings with its checkpoints, each opened and loaded once, in float32 on the CPU."""
 
 import json
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from .recording import MissingFeatureError, Recording
 class Bench:
     """`root` holds `ckpt/`, `scenarios/`, `components/`, `images/` and `router_gaps.json`, or some of them."""
 
-    def __init__(self, root: Path, dumping: bool = False, weight_format: str = "bf16") -> None:
+    def __init__(self, root: Path, dumping: bool = False, weight_format: str = "bf16", streaming: int = 0) -> None:
         self.root = root
         self.weight_format = weight_format
+        self.streaming = streaming
         self.dumping = dumping  # compute also what this recording lacks, as far as a complete one would hold it
         self.folder = cache(self._folder)
         self.model = cache(self._model)
@@ -68,4 +70,10 @@ class Bench:
 
     def _model(self, name: str, dtype: str = "float32") -> Hunyuan3:
         options = LoadOptions(device="cpu", dtype=dtype, vae_dtype="float32", format=self.weight_format)
+        if self.streaming:
+            # cpu:0 stands in for a card: to all that compares devices it is another one than the host's cpu.
+            options = replace(options, device="cpu:0", streaming=self.streaming)
+            placed = Hunyuan3(self.folder(name), options.resolved()).placed_transformer
+            streamed = placed.total_bytes - placed.required_bytes
+            options = replace(options, vram=placed.required_bytes + placed.streams.full_nbytes + streamed // 3)
         return Hunyuan3(self.folder(name), options.resolved())
