@@ -17,6 +17,7 @@ from .folder import ModelFolder
 from .moe.router import RouterPrecision
 from .moe.select import MoEBackend, choose_backend, expert_backend, log_choice
 from .ops.attention import AttentionBackend, attention_backend
+from .placement.page_lock import PageLock
 from .placement.placed import PlacedModule, Streams, units_by_prefix
 from .placement.streaming import EXPERT_UNIT, ExpertRing, ExpertStreaming, RingSlot, StreamedBank, copier_for
 from .quant.modules import is_quantized, swap, transform_to
@@ -43,6 +44,10 @@ class LoadOptions:
     attention: "auto", "sdpa" or "math" (see ops.attention).
     format: how the large matrices are stored: "auto" (as they are in the folder), "bf16" (as published), "fp8", "int8"
         or "int4"; "fp8_dynamic" and "int8_dynamic" quantise the activations, too (see quant.policy).
+    streaming: slots of the ring through which experts come from host memory, at least 2; 0: all weights must be on the
+        device.
+    vram: bytes that the transformer's weights may take there, the ring included; None: all of them.
+    pinned: bytes of host memory that may be page-locked for streaming to a CUDA card; None: as many as there are.
     """
 
     device: str | torch.device = "auto"
@@ -55,6 +60,7 @@ class LoadOptions:
     format: str = "auto"
     streaming: int = 0
     vram: int | None = None
+    pinned: int | None = None
 
     def resolved(self, stored: str = "bf16") -> "ResolvedOptions":
         """Settles what is "auto" on this machine, for a folder whose weights are `stored` in a format.
@@ -95,6 +101,7 @@ class LoadOptions:
             format=weight_format,
             streaming=self.streaming,
             vram=self.vram,
+            pinned=self.pinned,
         )
 
 
@@ -113,6 +120,7 @@ class ResolvedOptions:
     format: str
     streaming: int = 0
     vram: int | None = None
+    pinned: int | None = None
 
 
 def place_transformer(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
@@ -222,13 +230,13 @@ def _place(
             device=device,
             dtype_of=dtype_of,
             transform=transform,
-            pinned=device.type == "cpu" and options.device.type == "cuda",
             check_cancelled=check_cancelled,
         )
 
     sizes = {key: value.numel() * dtype_of(key).itemsize for key, value in module.named_parameters()}
     units = units_by_prefix(sizes, _unit_of, streams=lambda unit: unit.startswith(EXPERT_UNIT))
-    return PlacedModule(name, module, units, options.device, read, streams)
+    lock = None if streams is None else PageLock.for_device(options.device, options.pinned)
+    return PlacedModule(name, module, units, options.device, read, streams, lock)
 
 
 def _unit_of(parameter: str) -> str:

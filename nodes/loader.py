@@ -20,7 +20,7 @@ from .compat import io, require_choice, schema
 from .folders import checkpoint_names, checkpoint_path
 from .io_types import HunyuanModel, ModelHandle
 from .memory import GIB, Budget, PartPatcher
-from .plan import planned
+from .plan import most_pinned, planned
 from .progress import NodeProgress
 
 _PARSED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "system_prompt.py")
@@ -172,7 +172,8 @@ class Hunyuan3Loader(io.ComfyNode):
         options = wanted.resolved(folder.stored_format)
         plan, plan_text = planned(folder, options, budget)
         if not plan.fits_whole:
-            options = replace(wanted, streaming=RING_SLOTS).resolved(folder.stored_format)
+            streaming = replace(wanted, streaming=RING_SLOTS, pinned=most_pinned())
+            options = streaming.resolved(folder.stored_format)
         model = Hunyuan3(folder, options)
         handle = ModelHandle(
             name=checkpoint,

@@ -78,7 +78,14 @@ def _host(device: torch.device, budget: Budget) -> HostBudget:
     if mm.is_device_cpu(device):
         return HostBudget(pinned=0, pageable=_device(device, budget).nbytes, disk=Rate(0.0))
     free = _most_free(_HOST)
-    return HostBudget(pinned=0, pageable=int(free if budget.ram is None else min(free, budget.ram)), disk=Rate(0.0))
+    usable = int(free if budget.ram is None else min(free, budget.ram))
+    pinned = min(usable, most_pinned()) if device.type == "cuda" else 0
+    return HostBudget(pinned=pinned, pageable=usable - pinned, disk=Rate(0.0))
+
+
+def most_pinned() -> int:
+    """Bytes of host memory that may be page-locked: half of it, as much as Windows allows."""
+    return int(mm.get_total_memory(_HOST)) // 2
 
 
 def _most_free(device: torch.device) -> float:

@@ -69,7 +69,6 @@ def load_parameters(
     device: torch.device,
     dtype_of: Callable[[str], torch.dtype],
     transform: Transform | None = None,
-    pinned: bool = False,
     check_cancelled: CheckCancelled = never_cancelled,
 ) -> None:
     """Fills every parameter of `module` named by `slots` from `index`.
@@ -80,7 +79,6 @@ def load_parameters(
         device: where the parameters will live.
         dtype_of: parameter name -> dtype that it will have.
         transform: applied to each tensor before it is stored; it may yield several (a quantised weight, its scale).
-        pinned: parameters in host memory are page-locked, for a card to copy from.
     """
     parameters = dict(module.named_parameters())
     filled: dict[str, torch.Tensor] = {}
@@ -90,7 +88,7 @@ def load_parameters(
         if slot.parameter not in filled:
             shape = parameters[slot.parameter].shape
             dtype = dtype_of(slot.parameter)
-            filled[slot.parameter] = torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+            filled[slot.parameter] = torch.empty(shape, dtype=dtype, device=device)
         target = filled[slot.parameter]
         return target if slot.expert is None else target[slot.expert]
 

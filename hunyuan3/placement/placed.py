@@ -13,6 +13,7 @@ from torch import nn
 
 from ..callbacks import CheckCancelled, Progress, never_cancelled, no_progress
 from ..errors import OutOfBudgetError
+from .page_lock import PageLock
 
 Read = Callable[[nn.Module, Iterable[str], torch.device, CheckCancelled], None]
 """`read(module, parameter names, device, check_cancelled)` fills these parameters of the module from its files."""
@@ -67,9 +68,11 @@ class PlacedModule:
         device: torch.device,
         read: Read,
         streams: Streams | None = None,
+        lock: PageLock | None = None,
     ) -> None:
         """Args:
         streams: told of every unit that comes to the device or leaves it; a unit is nowhere at first.
+        lock: locks the pages of what streams from host memory.
         """
         self.name = name
         self.module = module
@@ -78,6 +81,7 @@ class PlacedModule:
         self.device = device
         self._read = read
         self.streams = streams
+        self._lock = lock
         self._where: dict[str, torch.device] = {unit.name: _NOWHERE for unit in self.units}
 
     @property
@@ -213,8 +217,6 @@ class PlacedModule:
 
     def _move(self, unit: Unit, device: torch.device) -> None:
         moved = {name: self.module.get_parameter(name).detach().to(device) for name in unit.parameters}
-        if device == _HOST and self.device.type == "cuda" and unit.streams:
-            moved = {name: tensor.pin_memory() for name, tensor in moved.items()}
         for name, tensor in moved.items():  # only now, or a move that fails half-way would leave a unit in two places
             owner, _, attribute = name.rpartition(".")
             setattr(self.module.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
@@ -223,7 +225,11 @@ class PlacedModule:
     def _settle(self, unit: Unit, device: torch.device) -> None:
         self._where[unit.name] = device
         if self.streams is not None:
-            self.streams.moved(unit.name, device == self.device)
+            self.streams.moved(unit.name, device == self.device)  # no copy is under way after this
+        if self._lock is not None and unit.streams:
+            self._lock.unlock(unit.name)
+            if device == _HOST:
+                self._lock.lock(unit.name, (self.module.get_parameter(name).data for name in unit.parameters))
 
 
 def units_by_prefix(
