@@ -224,6 +224,7 @@ def card(mm: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card
     monkeypatch.setattr(mm, "is_device_cpu", lambda device: device == HOST)
     monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
     monkeypatch.setattr(mm, "lowvram_available", True)
+    monkeypatch.setattr(mm, "MIN_WEIGHT_MEMORY_RATIO", 0.0)  # as for a card of NVIDIA's
     monkeypatch.setattr(mm, "current_loaded_models", [])
     monkeypatch.setattr(mm, "soft_empty_cache", lambda *_a, **_k: None)
     yield card
@@ -319,6 +320,56 @@ def test_twice_is_said_and_the_next_request_works(
     nothing_is_lost(mm, handle)
     assert same(getattr(handle, job)(), wanted)
     nothing_is_lost(mm, handle)
+
+
+# --- with experts that stream -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def streamed(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path, mm: types.ModuleType) -> Handle:
+    """On a card with room for a third of the experts."""
+    handle = Handle(comfy_pack, tiny_checkpoint, card, streaming=3)
+    part = handle.model.transformer
+    third = (part.placed.total_bytes - part.placed.required_bytes) // 3
+    card.total = int(mm.minimum_inference_memory()) + part.least_bytes + third + 1000
+    return handle
+
+
+def slots_are_all_there(handle: Handle) -> bool:
+    ring = handle.core.placed_transformer.streams.ring
+    return not ring._slots or (ring.num_free + len(ring._under_way) == ring.count and not ring._taken)
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(
+    ("job", "stage"), [(job, stage) for job, stage in SITES if job in ("draw", "write") and stage != "load"]
+)
+@pytest.mark.parametrize("times", [1, 2])
+def test_streamed_work_survives_and_loses_no_slot(
+    mm: types.ModuleType, streamed: Handle, undisturbed: dict[str, Any], job: str, stage: str, where: str, times: int
+):
+    """In the middle of a step, with copies under way: the same results as when all is resident, to the bit."""
+    wanted, _ = undisturbed[job]
+    with Watch() as watch:
+        assert same(getattr(streamed, job)(), wanted)
+    streamed.core.prefixes.clear()
+    found = None
+    with Fault(stage, place(watch.seen[stage], where), times=times) as fault:
+        try:
+            found = getattr(streamed, job)()
+        except error(streamed, "OutOfBudgetError") as caught:
+            assert "also at the second try" in str(caught)
+    assert fault.raised == times
+    assert (found is None) == (times == 2)
+    if found is not None:
+        smaller, _ = undisturbed[f"{job} smaller"]
+        assert same(found, wanted if job == "write" else smaller)
+    nothing_is_lost(mm, streamed)
+    streamed.core.prefixes.clear()
+    assert same(getattr(streamed, job)(), wanted)
+    assert slots_are_all_there(streamed)
+    assert streamed.core.placed_transformer.streams.copied > 0
+    assert streamed.core.placed_transformer.host_bytes > 0
 
 
 def test_fault_that_stays_is_tried_twice_and_not_thrice(handle: Handle):
