@@ -86,7 +86,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--variant", default="auto", help="auto, base, instruct or distil")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", help="auto, bfloat16 or float32")
-    add("--format", choices=FORMATS, default="bf16", help="how the large matrices are stored (default: as published)")
+    add(
+        "--format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="how the large matrices are stored (default: as in FOLDER)",
+    )
     add("--tile-size", type=int, default=0, help="decode in tiles of so many pixels (default: whole)")
     args = parser.parse_args(argv)
     try:

@@ -4,7 +4,8 @@
 
 Per format: relative error and cosine of the weights of each kind, and the relative error of what each layer adds to the
 residual stream, against the published weights. The inputs of the layers are calibrated: random tokens of the folder's
-own embedding, passed through the layers before. Only the asked layers are read.
+own embedding, passed through the layers before. Only the asked layers are read, and of each layer the weights of the
+first four experts are compared.
 """
 
 import argparse
@@ -87,12 +88,19 @@ def first_layers(folder: ModelFolder, layers: int) -> ModelFolder:
     return replace(folder, config=replace(folder.config, num_layers=layers))
 
 
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hunyuan3.error", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="checkpoint folder")
     parser.add_argument("--format", choices=FORMATS[1:], help="one format (default: all)")
-    parser.add_argument("--layers", type=int, default=2, help="how many layers to read (default: 2)")
+    parser.add_argument("--layers", type=_at_least_one, default=2, help="how many layers to read (default: 2)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     try:

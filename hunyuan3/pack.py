@@ -10,6 +10,8 @@ the last whole file and ends in the same bytes. It needs memory for one tensor.
 """
 
 import argparse
+import contextlib
+import os
 import shutil
 import sys
 import time
@@ -80,7 +82,21 @@ def pack(
     (disk).
     """
     weight_format = storage_of(weight_format)
+    if out.exists() and not out.is_dir():
+        raise RequestError(f"{out} is a file. Name a folder to write to.")
     layout = _lay_out(source, weight_format)
+    with _alone(out):
+        yield from _pack_alone(source, out, weight_format, layout, device, check_cancelled)
+
+
+def _pack_alone(
+    source: ModelFolder,
+    out: Path,
+    weight_format: str,
+    layout: "_Layout",
+    device: torch.device | None,
+    check_cancelled: CheckCancelled,
+) -> Iterator[PackStep]:
     sizes = {name: ShardWriter(out / name, tensors).nbytes for name, tensors in layout.files.items()}
     finished = _begin(source, out, weight_format, sizes)
     transform = (
@@ -102,6 +118,30 @@ def pack(
         done += sizes[name]
         yield PackStep(name, done, total, was_there)
     _finish(out, weight_format, layout, finished)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder. The system ends the lock with the process, however that ends."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.parent / f".{out.name}.pack-lock"
+    with path.open("a") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RequestError(f"Another process is writing a pack to {out}. Wait for it to end.") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows does not delete what is open
+                path.unlink()
 
 
 def verify(folder: Path) -> Iterator[tuple[str, bool]]:
@@ -177,11 +217,11 @@ def _begin(source: ModelFolder, out: Path, weight_format: str, sizes: Mapping[st
         for name, file in PackManifest.from_json(journal, out / UNFINISHED_NAME).files.items():
             if (out / name).is_file() and (out / name).stat().st_size == file.nbytes == sizes.get(name):
                 finished[name] = file
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(not file.name.endswith(".partial") for file in out.iterdir()):
         raise RequestError(f"{out} is not empty, and holds no unfinished pack. Choose a new folder.")
     out.mkdir(parents=True, exist_ok=True)
     missing = sum(size for name, size in sizes.items() if name not in finished) + _SPARE
-    free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in out.glob("*.partial"))
+    free = shutil.disk_usage(out).free + sum(_on_disk(file) for file in out.glob("*.partial"))
     if missing > free:
         raise OutOfBudgetError(
             f"The pack needs {missing / _GB:.1f} GB more on the disk of {out}, which has {free / _GB:.1f} GB free. "
@@ -192,6 +232,12 @@ def _begin(source: ModelFolder, out: Path, weight_format: str, sizes: Mapping[st
         if _is_beside_the_weights(file):
             shutil.copyfile(file, out / file.name)
     return finished
+
+
+def _on_disk(file: Path) -> int:
+    """Bytes that a file takes: a partial one is full of holes."""
+    stat = file.stat()
+    return stat.st_blocks * 512 if hasattr(stat, "st_blocks") else 0
 
 
 def _is_beside_the_weights(file: Path) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint.keymap import ROUTER_SUFFIX
+from .checkpoint.manifest import PackManifest
 from .config import ModelConfig
 from .errors import Hunyuan3Error
 from .folder import Networks
@@ -214,20 +215,35 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def _amount(text: str) -> float:
+    return 0.0 if float(text) == 0 else _positive(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the plan, the refusal, or the table; returns the exit code, 1 for a refusal."""
     parser = argparse.ArgumentParser(prog="python -m hunyuan3.plan", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", help="checkpoint folder; its config.json is enough")
     parser.add_argument("--published", action="store_true", help="the published 80B model instead of a folder")
-    parser.add_argument("--format", choices=FORMATS, default="bf16")
-    parser.add_argument("--vram", type=float, nargs="+", default=[24.0], help="GB of each card")
-    parser.add_argument("--ram", type=float, default=64.0, help="GB of RAM in the machine")
+    parser.add_argument("--format", choices=FORMATS, help="default: as the folder has it")
+    parser.add_argument("--vram", type=_positive, nargs="+", default=[24.0], help="GB of each card")
+    parser.add_argument("--ram", type=_amount, default=64.0, help="GB of RAM in the machine")
     parser.add_argument("--cpu", action="store_true", help="compute in RAM, without a card")
     parser.add_argument("--size", type=_size, default=(1024, 1024), help="width x height (default: 1024x1024)")
     parser.add_argument("--batch", type=int, default=1, help="pictures drawn at once")
     parser.add_argument("--sequential", action="store_true", help="guidance's branches one after the other")
-    parser.add_argument("--link", type=float, default=PCIE4 / 1e9, help="GB/s from RAM to a card (default: PCIe 4.0)")
-    parser.add_argument("--disk", type=float, default=0.0, help=f"GB/s from disk, say {DISK / 1e9:g} (default: unused)")
+    parser.add_argument(
+        "--link", type=_positive, default=PCIE4 / 1e9, help="GB/s from RAM to a card (default: PCIe 4.0)"
+    )
+    parser.add_argument(
+        "--disk", type=_amount, default=0.0, help=f"GB/s from disk, say {DISK / 1e9:g} (default: unused)"
+    )
     parser.add_argument("--no-streaming", action="store_true", help="everything must fit on the cards")
     parser.add_argument("--table", action="store_true", help="every card, RAM and format, as Markdown")
     args = parser.parse_args(argv)
@@ -235,6 +251,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give a folder or --published")
     try:
         config = published_config() if args.published else ModelConfig.from_folder(args.folder)
+        pack = None if args.published else PackManifest.from_folder(args.folder)
+        weight_format = args.format or ("bf16" if pack is None else pack.format)
+        if args.table and args.cpu:
+            parser.error("--table is about cards; leave --cpu out")
         branches = 1 if config.cfg_distilled else 2
         work = Workload(
             width=args.size[0],
@@ -254,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         sizes = {name: sizes_of(config, name, work.dtype, work.vae_dtype) for name in FORMATS}
         made = plan(
             config,
-            sizes[args.format],
+            sizes[weight_format],
             devices,
             machine.host(),
             work,

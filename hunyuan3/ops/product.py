@@ -62,7 +62,7 @@ def linear(x: Rows, weight: Weight) -> torch.Tensor:
         out = fp8_product(data, scale, weight)
     else:
         out = fp8_product_plain(data, scale, weight).to(rows.dtype)
-    return out.view(*rows.data.shape[:-1], -1)
+    return out.view(*rows.data.shape[:-1], out.shape[-1])
 
 
 def int8_product_plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

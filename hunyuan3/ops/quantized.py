@@ -86,10 +86,12 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
     """Stores a float weight (..., out, in) in a scheme. For int4, `in` must be a multiple of 16."""
     if scheme not in _QUANTIZERS:
         raise RequestError(f"format {scheme!r} does not exist; choose one of {', '.join(SCHEMES)}.")
-    rows = weight.reshape(-1, weight.shape[-1])
+    rows = weight.reshape(weight.shape[:-1].numel(), weight.shape[-1])
     block = max(1, (_CPU_BLOCK if rows.device.type == "cpu" else _BLOCK) // rows.shape[1])
-    parts = [_QUANTIZERS[scheme](rows[first : first + block].float()) for first in range(0, len(rows), block)]
-    data, *scales = (torch.cat(tensors).view(*weight.shape[:-1], -1) for tensors in zip(*parts, strict=True))
+    starts = range(0, max(1, len(rows)), block)  # no rows are one empty block
+    parts = [_QUANTIZERS[scheme](rows[first : first + block].float()) for first in starts]
+    joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    data, *scales = (tensor.view(*weight.shape[:-1], tensor.shape[-1]) for tensor in joined)
     return QuantizedWeight(scheme, data, tuple(scales))
 
 
@@ -173,12 +175,13 @@ def _tables(device: torch.device) -> _Tables:
 def _bins(groups: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """Bin of each weight (r, g, n) over its group's step (r, g), flat."""
     place = groups * ((_BINS / (2 * _EDGE)) / step).unsqueeze(-1)
-    return place.add_(_BINS / 2).clamp_(0, _BINS - 1).to(torch.int32).view(-1)
+    # A weight that is no number would be a place outside of the table.
+    return place.add_(_BINS / 2).nan_to_num_(0).clamp_(0, _BINS - 1).to(torch.int32).reshape(-1)
 
 
 def _safe(scale: torch.Tensor) -> torch.Tensor:
-    """A row of zeros gets the scale 1."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    """A row of zeros gets the scale 1. One that holds no number keeps a scale that is none: it must not be hidden."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def _safe_signed(scale: torch.Tensor) -> torch.Tensor:

@@ -507,10 +507,13 @@ class _Fit:
     ring: int
 
 
-def _fit(sizes: PartSizes, layers: Sequence[LayerSizes], extra: int, nbytes: int, needs: _Needs) -> _Fit | int:
+def _fit(
+    sizes: PartSizes, layers: Sequence[LayerSizes], extra: int, nbytes: int, needs: _Needs, streaming: bool
+) -> _Fit | int:
     """As many experts per layer as fit; or, if nothing fits, the bytes that the least would take.
 
-    `extra`: bytes of weights beside the layers.
+    `extra`: bytes of weights beside the layers. Without `streaming` all experts must fit, computed as many at once as a
+    resident bank does.
     """
     fixed = extra + sum(layer.dense for layer in layers)
     per_expert = sum(layer.expert for layer in layers)
@@ -528,6 +531,8 @@ def _fit(sizes: PartSizes, layers: Sequence[LayerSizes], extra: int, nbytes: int
     whole = fit(sizes.experts, GROUP, sizes.experts)
     if needed(whole) <= nbytes:
         return whole
+    if not streaming:
+        return needed(whole)
     group = min(GROUP, sizes.experts)
     candidates = [fit(resident, group, group) for resident in range(sizes.experts, -1, -1)]
     # Groups shrink only where nothing is resident anyway, so that more memory never means fewer residents.
@@ -557,15 +562,13 @@ def _with_split(
         span = range(first, first + count)
         first = span.stop
         layers = [sizes.layers[index] for index in span]
-        fit = _fit(sizes, layers, extra, device.nbytes, needs)
-        if not streaming and (isinstance(fit, int) or fit.resident < sizes.experts):
-            whole = extra + sum(layer.dense + sizes.experts * layer.expert for layer in layers)
-            asked = whole + needs.cache_per_layer * count + needs.activations[min(GROUP, sizes.experts)]
+        fit = _fit(sizes, layers, extra, device.nbytes, needs, streaming)
+        if isinstance(fit, int) and not streaming:
             text = (
-                f"{device.name} has {_gib(device.nbytes)}; {count} layers at {_workload(work)} need {_gib(asked)} "
+                f"{device.name} has {_gib(device.nbytes)}; {count} layers at {_workload(work)} need {_gib(fit)} "
                 f"there, and experts may not be streamed."
             )
-            return Refusal(device.name, asked, device.nbytes, text)
+            return Refusal(device.name, fit, device.nbytes, text)
         if isinstance(fit, int):
             text = (
                 f"{device.name} has {_gib(device.nbytes)}; the least that {count} layers at {_workload(work)} need "

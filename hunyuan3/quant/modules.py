@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.load import Transform
+from ..errors import CheckpointError
 from ..moe.dispatch import Dispatch
 from ..moe.weights import ExpertWeights
 from ..ops.product import linear
@@ -90,7 +91,12 @@ def transform_to(policy: QuantPolicy, device: torch.device) -> Transform:
         if scheme is None:
             yield name, tensor
             return
-        stored = quantize(tensor.to(device), scheme)
+        tensor = tensor.to(device)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{name} holds numbers that are not finite (NaN or infinity). Download its file again."
+            )
+        stored = quantize(tensor, scheme)
         yield name, stored.data
         for index, scale in enumerate(stored.scales):
             yield f"{name}_scale_{index}", scale

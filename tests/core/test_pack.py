@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hunyuan3 import pack as packing
+from hunyuan3.__main__ import main as command_line
 from hunyuan3.checkpoint.index import INDEX_NAME, CheckpointIndex
 from hunyuan3.checkpoint.manifest import PACK_NAME, UNFINISHED_NAME
 from hunyuan3.checkpoint.shard import ShardWriter, StoredTensor
@@ -225,6 +226,48 @@ def test_stopped_before_the_last_stroke_it_is_finished(folders, packs, pack_copy
     assert bytes_of(pack_copy) == bytes_of(packs["int8"])
 
 
+def test_a_file_that_was_cut_off_after_it_was_finished_is_written_again(folders, packs, tmp_path):
+    source, out = ModelFolder.open(folders["instruct"]), tmp_path / "pack"
+    begun = pack(source, out, "int8")
+    next(begun)
+    next(begun)
+    begun.close()
+    first = out / "layer-000.safetensors"
+    if not first.exists():
+        first = next(out.glob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-7])
+    steps = list(pack(source, out, "int8"))
+    assert [step.was_there for step in steps].count(True) == 1
+    assert bytes_of(out) == bytes_of(packs["int8"])
+
+
+def test_two_at_once_do_not_write_to_one_folder(folders, packs, tmp_path):
+    source, out = ModelFolder.open(folders["instruct"]), tmp_path / "pack"
+    first = pack(source, out, "int8")
+    next(first)
+    with pytest.raises(RequestError, match="Another process is writing"):
+        next(pack(source, out, "int8"))
+    list(first)
+    assert bytes_of(out) == bytes_of(packs["int8"])
+    assert [file.name for file in tmp_path.iterdir()] == ["pack"], "the lock is gone"
+
+
+def test_stopped_while_noting_it_for_the_first_time_it_goes_on(folders, packs, tmp_path):
+    out = tmp_path / "pack"
+    out.mkdir()
+    (out / f"{UNFINISHED_NAME}.partial").write_text("{")
+    list(pack(ModelFolder.open(folders["instruct"]), out, "int8"))
+    assert bytes_of(out) == bytes_of(packs["int8"])
+
+
+@pytest.mark.parametrize("weight_format", STORED)
+def test_the_command_line_draws_from_a_pack(packs, tmp_path, weight_format, capsys):
+    picture = tmp_path / "fox.png"
+    arguments = ["draw", "--model", str(packs[weight_format]), "--prompt", "a fox", "-o", str(picture)]
+    assert command_line([*arguments, "--width", "64", "--height", "64", "--steps", "1", "--device", "cpu"]) in (0, None)
+    assert picture.stat().st_size > 100
+
+
 # refused
 
 
@@ -236,6 +279,24 @@ def test_a_full_disk_is_noticed_first(folders, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_the_disk_is_asked_only_for_what_is_missing(folders, packs, tmp_path, monkeypatch):
+    """Finished files are there already; a partial one is mostly holes."""
+    source, out = ModelFolder.open(folders["instruct"]), tmp_path / "pack"
+    begun = pack(source, out, "int8")
+    step = next(begun)
+    begun.close()
+    missing = step.total - step.done + packing._SPARE
+    usage = namedtuple("usage", "total used free")
+    with (out / "layer-002.safetensors.partial").open("wb") as file:
+        file.truncate(10 * missing)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(0, 0, missing - 1000))
+    with pytest.raises(OutOfBudgetError):
+        list(pack(source, out, "int8"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(0, 0, missing))
+    list(pack(source, out, "int8"))
+    assert bytes_of(out) == bytes_of(packs["int8"])
+
+
 def test_where_a_pack_may_not_go(folders, packs, tmp_path):
     source = ModelFolder.open(folders["instruct"])
     with pytest.raises(RequestError, match="source folder or lies in it"):
@@ -244,6 +305,8 @@ def test_where_a_pack_may_not_go(folders, packs, tmp_path):
     (tmp_path / "full" / "mine.txt").write_text("keep me")
     with pytest.raises(RequestError, match="not empty"):
         next(pack(source, tmp_path / "full", "int8"))
+    with pytest.raises(RequestError, match="is a file"):
+        next(pack(source, tmp_path / "full" / "mine.txt", "int8"))
     with pytest.raises(RequestError, match="pack itself"):
         next(pack(ModelFolder.open(packs["int8"]), tmp_path / "again", "int4"))
     begun = pack(source, tmp_path / "begun", "int8")

@@ -302,7 +302,11 @@ def possible(config, sizes, devices, host, work):
                 if fixed
                 + resident * number * run[0].expert
                 + activations(group)
-                + (2 * min(group, sizes.experts - resident) * run[0].expert if resident < sizes.experts else 0)
+                + (
+                    RING_GROUPS * min(group, sizes.experts - resident) * run[0].expert
+                    if resident < sizes.experts
+                    else 0
+                )
                 <= device.nbytes
                 and (group == min(GROUP, sizes.experts) or not resident)
             ]
@@ -366,6 +370,50 @@ def test_advice_is_true(published, cards, ram):
             assert isinstance(attempt(config, sizes["bf16"], devices, short, work, **given), Refusal)
         if "disk" in text:
             plan(config, sizes["bf16"], devices, replace(host, disk=Rate(3e9)), work, **given)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("cards", "ram", "name"), [((24,), 128, "fp8"), ((16,), 64, "int4"), ((141,), 64, "int8")])
+def test_seconds_are_what_the_formula_says(published, cards, ram, name, passes):
+    """Worked out anew from the lists of the plan: bytes over rates, the slowest of three, a token's share."""
+    config, sizes = published
+    machine, size = Machine(cards, ram), sizes[name].layers[0]
+    work = Workload(rows=2 // passes, passes=passes)
+    made = plan(config, sizes[name], machine.devices(), machine.host(), work, streaming=True, split=False)
+    (device,), host, layer = machine.devices(), machine.host(), made.layers[0]
+    copies = [
+        one.pinned * size.expert / device.link.value + one.pageable * size.expert / host.pageable_rate.value
+        for one in made.layers
+    ]
+    bytes_read = sizes[name].rest + sum(size.dense + sizes[name].experts * size.expert for _ in made.layers)
+    parts = (
+        step_flops(config, work).total / device.compute.value,
+        passes * bytes_read / device.memory.value,
+        passes * sum(copies),
+    )
+    assert made.step_seconds == pytest.approx(max(parts), rel=1e-6)
+    share = config.moe.top_k[0] / sizes[name].experts
+    read = 32 * (size.dense + share * layer.resident * size.expert) + sizes[name].head
+    assert made.token_seconds == pytest.approx(read / device.memory.value + share * sum(copies), rel=1e-6)
+    assert f"{made.step_seconds:.2f} s per step" in made.text()
+
+
+def test_without_streaming_all_experts_are_computed_at_once_and_counted_so(published):
+    """A resident bank knows no smaller way: what fits only with few experts at once does not fit."""
+    config, sizes = published
+    need = None
+    for gib in range(150, 170):
+        machine = Machine((gib,), 64)
+        given = (config, sizes["bf16"], machine.devices(), machine.host(), Workload())
+        outcome = attempt(*given, streaming=False, split=False)
+        if isinstance(outcome, Plan):
+            need = need or gib
+            (device,) = outcome.devices
+            assert device.at_once == device.most_at_once == sizes["bf16"].experts
+            assert outcome.fits_whole
+    assert need == 157
+    given = (config, sizes["bf16"], Machine((155,), 64).devices(), machine.host(), Workload())
+    assert not attempt(*given, streaming=True, split=False).fits_whole
 
 
 def test_on_a_cpu_the_memory_is_the_hosts(published):

@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from hunyuan3.checkpoint.keymap import transformer_slots
 from hunyuan3.error import first_layers, layer_errors, main, weight_errors
-from hunyuan3.errors import RequestError
+from hunyuan3.errors import CheckpointError, RequestError
 from hunyuan3.folder import ModelFolder
 from hunyuan3.moe.select import expert_backend
 from hunyuan3.ops import quantized
 from hunyuan3.ops.product import (
+    QuantizedRows,
     fp8_product,
     fp8_product_plain,
     has_int8_kernel,
@@ -23,7 +25,7 @@ from hunyuan3.ops.product import (
 from hunyuan3.ops.quantized import GROUP, SCHEMES, quantize
 from hunyuan3.parts import LoadOptions, load_transformer
 from hunyuan3.pipeline import Hunyuan3
-from hunyuan3.quant.modules import swap
+from hunyuan3.quant.modules import _weight, swap, transform_to
 from hunyuan3.quant.policy import FORMATS, policy_of
 
 # Relative error on Gaussian weights: measured, and a little room.
@@ -162,6 +164,65 @@ def test_grouped_products_of_quantised_activations_are_refused_where_there_is_no
         assert LoadOptions(device="cpu", format=weight_format).resolved().moe_backend == "loop"
 
 
+# numbers that are none, and none at all
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("damage", [float("nan"), float("inf"), -float("inf")])
+def test_damaged_weights_are_refused_by_name(folders, scheme, damage):
+    weight = gaussian(4, 64)
+    weight[2, 5] = damage
+    name = "model.layers.0.mlp.experts.3.down_proj.weight"
+    with pytest.raises(CheckpointError, match=r"experts\.3\.down_proj\.weight holds numbers that are not finite"):
+        list(transform_to(policy_of(scheme), torch.device("cpu"))(name, weight))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_token_that_is_no_number_stays_none(scheme):
+    """The check of the finished latents must see it; other tokens are not touched."""
+    x = gaussian(3, 64)
+    clean = linear(x, dynamic(gaussian(8, 64, seed=1), scheme)) if scheme != "int4" else None
+    x[1, 7] = float("nan")
+    if scheme == "int4":
+        quantize(x, scheme)  # does not crash
+        return
+    out = linear(x, dynamic(gaussian(8, 64, seed=1), scheme))
+    assert out[1].isnan().all()
+    assert torch.equal(out[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_rows_and_rows_that_do_not_lie_in_order(scheme):
+    assert quantize(torch.zeros(0, 64), scheme).dequantize(torch.float32).shape == (0, 64)
+    weight = gaussian(64, 32).T
+    turned, plain = quantize(weight, scheme), quantize(weight.contiguous(), scheme)
+    assert torch.equal(turned.dequantize(torch.float32), plain.dequantize(torch.float32))
+    if scheme != "int4":
+        for shape in ((0, 64), (1, 0, 64)):
+            assert linear(torch.zeros(shape), dynamic(gaussian(8, 64), scheme)).shape == (*shape[:-1], 8)
+
+
+# policies
+
+
+@pytest.mark.parametrize("weight_format", FORMATS[1:])
+def test_what_the_table_says_is_what_is_stored_and_computed_with(folders, weight_format):
+    """Experts and the other large matrices each in their scheme, and all of them dynamic or none."""
+    folder = ModelFolder.open(folders["instruct"])
+    layer = load_transformer(folder, LoadOptions(device="cpu", format=weight_format).resolved()).layers[0]
+    experts = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[weight_format.split("_")[0]]
+    linears = torch.int8 if weight_format == "int4" else experts
+    assert layer.mlp.experts.gate_up.dtype == layer.mlp.experts.down.dtype == experts
+    modules = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, *layer.mlp.shared_mlp.children())
+    assert len(modules) == 4
+    for module in modules:
+        assert module.weight.dtype == linears
+        assert module.dynamic == layer.mlp.experts.dynamic == weight_format.endswith("_dynamic")
+    x = gaussian(1, 5, 64)
+    rows = rows_for(x, _weight(layer.self_attn.qkv_proj, "weight"))
+    assert isinstance(rows, QuantizedRows) == weight_format.endswith("_dynamic")
+
+
 def test_int4_refuses_rows_that_are_no_whole_groups():
     with pytest.raises(RequestError, match="multiple of 16"):
         quantize(gaussian(4, 24), "int4")
@@ -235,6 +296,24 @@ def test_bytes_are_counted_before_anything_is_loaded(folders):
         loaded = model.transformer()
         assert sum(p.nbytes for p in loaded.parameters()) == sizes[weight_format]
     assert sizes["int4"] < sizes["int8"] < sizes["bf16"]
+
+
+def test_errors_are_what_they_say(folders):
+    """Relative error and cosine by their definitions; each layer is given the published weights' stream."""
+    folder = first_layers(ModelFolder.open(folders["instruct"]), 2)
+    (row,) = (row for row in weight_errors(folder, policy_of("int4"), 1) if row.kind == "self_attn.o_proj")
+    with safe_open(folder.index["model.layers.0.self_attn.o_proj.weight"].file, framework="pt") as file:
+        weight = file.get_tensor("model.layers.0.self_attn.o_proj.weight").float()
+    stored = quantize(weight, "int8").dequantize(torch.float32)
+    assert row.relative == pytest.approx(relative(stored, weight), rel=1e-5)
+    assert row.cosine == pytest.approx(torch.cosine_similarity(stored.ravel(), weight.ravel(), dim=0).item(), abs=1e-6)
+    one, two = (
+        load_transformer(folder, LoadOptions(device="cpu", dtype="float32", format=name).resolved())
+        for name in ("bf16", "int4")
+    )
+    both = layer_errors(one, two)
+    two.layers[0] = one.layers[0]  # an exact first layer: the second's error must not change
+    assert layer_errors(one, two) == [0.0, both[1]]
 
 
 def test_the_error_table_ranks_the_formats_and_sees_no_error_where_there_is_none(folders, capsys):
