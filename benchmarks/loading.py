@@ -35,17 +35,18 @@ _HIDDEN, _INNER, _EXPERTS = 2048, 1536, 32
 _REPEATS = 3
 
 
-def make_folder(path: Path, gigabytes: float) -> Path:
-    """A tiny instruct folder with layers of half the published width, as many as it takes."""
+def make_folder(path: Path, gigabytes: float, hidden: int = _HIDDEN, inner: int = _INNER) -> Path:
+    """A tiny instruct folder with wide layers (half the published width), as many as it takes."""
     make_tiny(path, "instruct")
     for file in (*path.glob("*.safetensors"), path / INDEX_NAME):
         file.unlink()
     data = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    layer = 2 * (_EXPERTS + 1) * 3 * _HIDDEN * _INNER
-    data |= {"hidden_size": _HIDDEN, "attention_head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 4}
+    layer = 2 * (_EXPERTS + 1) * 3 * hidden * inner
+    data |= {"hidden_size": hidden, "attention_head_dim": hidden // 16, "num_attention_heads": 16}
+    data["num_key_value_heads"] = 4
     data |= {"num_hidden_layers": max(1, round(gigabytes * 1e9 / layer)), "num_experts": _EXPERTS, "moe_topk": 2}
-    data |= {"moe_intermediate_size": _INNER, "num_shared_expert": 1}
-    data["vit_aligner"]["n_embed"] = _HIDDEN
+    data |= {"moe_intermediate_size": inner, "num_shared_expert": 1}
+    data["vit_aligner"]["n_embed"] = hidden
     (path / "config.json").write_text(json.dumps(data), encoding="utf-8")
     shapes = {name: slot.shape for name, slot in Networks(ModelConfig.from_folder(path)).all_slots.items()}
     pool = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -104,13 +105,14 @@ def compare(what: str, path: Path, device: str, weight_format: str = "auto") -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--gb", type=float, default=2.0, help="size of the folder in bfloat16 (default: 2)")
+    parser.add_argument("--hidden", type=int, default=_HIDDEN, help="width of the layers, a multiple of 64")
     parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "fp8", "int4"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep", type=Path, help="where to put the folders (default: a temporary one)")
     args = parser.parse_args()
     root = args.keep or Path(tempfile.mkdtemp(prefix="hunyuan3-loading-"))
     try:
-        folder = make_folder(root / "published", args.gb)
+        folder = make_folder(root / "published", args.gb, args.hidden, args.hidden * 3 // 4)
         size = sum(file.stat().st_size for file in weight_files(folder)) / 1e9
         print(f"{size:.2f} GB in bfloat16, {torch.get_num_threads()} threads, device {args.device}")
         ratio = compare("published, as bf16", folder, args.device)
