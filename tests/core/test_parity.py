@@ -493,7 +493,14 @@ def test_every_format_stays_within_its_stated_error(weight_format):
 
 
 def test_a_format_past_its_stated_error_fails(monkeypatch):
-    monkeypatch.setitem(LIMITS, "int4", Limits(0.2, 0.2, 0.02))
+    monkeypatch.setitem(LIMITS, "int4", Limits(0.2, 0.2, 0.02, 1.0, 1.0))
     code, lines = judge(GOLDEN, "--format", "int4", "--only", "C*")
     assert code == FAILED
     assert any("FAIL" in line for line in lines)
+
+
+def test_a_format_that_is_typically_too_far_off_fails(monkeypatch):
+    monkeypatch.setitem(LIMITS, "int8", Limits(1.0, 1.0, 1.0, 1.0, 0.01))
+    code, lines = judge(GOLDEN, "--format", "int8", "--only", "[CDHI]*")
+    assert code == FAILED
+    assert [line for line in lines if "FAIL" in line] == [line for line in lines if line.startswith("all ")]

@@ -10,7 +10,7 @@ import torch
 
 from . import components, scenarios
 from .bench import Bench
-from .formats import LIMITS
+from .formats import LIMITS, judge_medians
 from .recording import MissingFeatureError
 from .report import Report
 
@@ -70,6 +70,8 @@ def run(
                 report.lacks(name, str(missing))
             except Exception as error:  # one broken recording must not hide the others
                 report.broke(name, error)
+    if weight_format != "bf16":
+        judge_medians(weight_format, report)
     return report
 
 

@@ -99,6 +99,7 @@ class Report:
     def __init__(self, dump: Path | None = None) -> None:
         self.dump_folder = dump
         self.passed = self.failed = self.missing = 0
+        self.errors: dict[str, list[float]] = {}  # relative errors in another weight format, by what was compared
 
     def compared(self, name: str, what: str, differences: Sequence[Difference], note: str = "") -> None:
         """One line for values of a kind: the worst of them, and the names of those that fail."""
