@@ -540,3 +540,30 @@ def test_an_exchange_leaves_three_places_of_their_own():
     assert (int(resident.value), int(away.value)) == (2, 1)
     assert away.value.data_ptr() == place, "in place: it may be page-locked"
     assert len({module.value.data_ptr() for module in (resident, away, slot.bank)}) == 3
+
+
+def test_slots_of_passes_that_ended_in_the_middle_are_there_for_a_guess():
+    """Held, as a debugger or a retry holds an exception and with it the generator."""
+    one, sources, held = ring_of_three(), [Number(number) for number in range(6)], []
+    for number in range(5):
+        one.begin(sources[number : number + 2])
+        held.append(one.run(sources[number : number + 2], 0, 2, cyclic=False))
+        assert int(next(held[-1])[1].value) == number
+    assert one.begin(sources[:3]) == [0, 1, 2]
+    held.clear()
+    assert one.num_free == 0, "nor are they given back twice"
+
+
+def test_a_copy_that_cannot_begin_loses_no_slot():
+    class Refusing(DirectCopier):
+        def start(self, source, slot):
+            if int(source.value) == 1:
+                raise torch.OutOfMemoryError("no room for a copy")
+            super().start(source, slot)
+
+    one, sources = ExpertRing(lambda: RingSlot(Number(-1)), 3, Refusing()), [Number(number) for number in range(3)]
+    for _ in range(4):
+        with pytest.raises(torch.OutOfMemoryError):
+            one.begin(sources)
+    one.reset()
+    assert one.num_free == 3
