@@ -5,11 +5,11 @@
 
 A token needs 8 of the 64 experts of each of 32 layers. Those on the card are hits; each other one comes over the link.
 
-    seconds per token = misses x bytes of an expert / link + bytes that a token reads / the card's memory rate
+    seconds per token = (misses + swaps) x bytes of an expert / link + bytes that a token reads / the card's memory rate
 
 with sizes and resident shares of the published model as `hunyuan3.plan` has them for the stated cards. Nothing overlaps
-in this formula, and an expert that takes another one's place costs the link nothing, as its bytes go the other way.
-So the seconds are calculated. The hit rates are not: they come from the package's own banks, ring and policy
+in this formula: guesses made early gain nothing, and when an expert takes another one's place (a swap), the card waits
+until that one has gone to host memory. The first table is without swaps. So the seconds are calculated. The hit rates are not: they come from the package's own banks, ring and policy
 (`hunyuan3.placement`), with experts of one number each, which is compared on arrival. What is made up is the routing:
 
 * `uniform`, and Zipf with the stated exponent: each layer has its own order of popularity, the expert at rank r is
@@ -89,8 +89,9 @@ class Setup:
         """Over the link."""
         return self.layers * self.top_k * (1 - hit_rate) * self.expert
 
-    def tokens_per_second(self, hit_rate: float) -> float:
-        return 1 / (self.bytes_per_token(hit_rate) / self.link + self.read / self.memory)
+    def tokens_per_second(self, hit_rate: float, swaps: float = 0.0) -> float:
+        """swaps: per miss."""
+        return 1 / ((1 + swaps) * self.bytes_per_token(hit_rate) / self.link + self.read / self.memory)
 
     def hit_rate_for(self, speed: float) -> float:
         """The hit rate at which so many tokens per second are written; above 1: never."""
@@ -193,11 +194,11 @@ def report_skew(setups: list[Setup], tokens: int, seed: int) -> None:
                     seed=seed,
                 )
                 name = f"Zipf {exponent:g}" if exponent else "uniform"
-                rate = seen.hit_rate
+                rate, swaps = seen.hit_rate, seen.swaps / max(1, seen.misses)
                 print(
                     f"  {name + (', moving' if turn else ''):<18}{setup.resident / setup.experts:6.0%}{best:7.0%}"
-                    f"{rate:8.0%}{1000 * seen.swaps / max(1, seen.misses):15.1f}"
-                    f"{setup.tokens_per_second(rate):15.1f}{setup.bytes_per_token(rate) / 1e9:10.2f}",
+                    f"{rate:8.0%}{1000 * swaps:15.1f}"
+                    f"{setup.tokens_per_second(rate, swaps):15.1f}{setup.bytes_per_token(rate) / 1e9:10.2f}",
                     flush=True,
                 )
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-HALF_LIFE = 128  # tokens after which a use counts half: what a text is about changes within a few hundred
+HALF_LIFE = 32  # tokens after which a use counts half; longer ones are no better while a text keeps to its subject
 MARGIN = 2.5  # standard deviations of the difference of two counts (benchmarks/expert_cache.py shows both ends)
 _LARGEST = 2.0**64
 

@@ -172,6 +172,26 @@ def test_in_bfloat16(folders):
     assert torch.equal(latents(model), latents(whole))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("slots", [2, 4])
+def test_on_a_real_card(routed, slots):
+    """Copies on a stream of their own, exchanges on the one that computes, and evictions on that one as well."""
+    whole = Hunyuan3.load(routed["even"], device="cuda", dtype="float32", moe_backend="loop")
+    model = opened(routed["even"], 0.5, slots, device="cuda")
+    for eviction in (shrink, all_to_the_card, to_host, shrink, drop):
+        for prompt in ("who?", "a fox", "a bird in the snow"):
+            assert writes_the_same(model, whole, prompt, 60)
+        assert torch.equal(latents(model), latents(whole))
+        torch.cuda.synchronize()
+        for ours, theirs in zip(banks_of(model), banks_of(whole), strict=True):
+            for rank, expert in enumerate(ours.expert_at):
+                held = [*zip(ours[rank].parameters(), theirs.parameters(), strict=True)]
+                assert all(torch.equal(one[0].cpu(), stacked[expert].cpu()) for one, stacked in held)
+                assert all(one.is_cuda == ours.resident[rank] for one, _ in held)
+        eviction(model)
+    assert streaming_of(model).statistics.swaps > 100
+
+
 def test_one_direct_copier_serves_as_well(routed, plain):
     """As on devices that compute and copy in turn."""
     model = opened(routed["skewed"], 0.4)
@@ -474,7 +494,7 @@ def test_a_uniform_routing_does_not_thrash(seed):
     drive(bank, choices(0, 900, seed=seed))
     statistics = streaming.statistics
     assert statistics.hit_rate == pytest.approx(0.25, abs=0.02)
-    assert statistics.swaps < 0.005 * statistics.misses
+    assert statistics.swaps < 0.01 * statistics.misses
     # Without the margin it would.
     bank, streaming = numbers(64, 16)
     streaming._counts = [UseCounts(64, margin=0)]
