@@ -2,6 +2,7 @@
 
     python benchmarks/expert_cache.py                # about half a minute
     python benchmarks/expert_cache.py --link 50      # PCIe 5.0
+    python benchmarks/expert_cache.py --half-life 128 --margin 1.5      # other settings of the policy
 
 A token needs 8 of the 64 experts of each of 32 layers. Those on the card are hits; each other one comes over the link.
 
@@ -9,8 +10,10 @@ A token needs 8 of the 64 experts of each of 32 layers. Those on the card are hi
 
 with sizes and resident shares of the published model as `hunyuan3.plan` has them for the stated cards. Nothing overlaps
 in this formula: guesses made early gain nothing, and when an expert takes another one's place (a swap), the card waits
-until that one has gone to host memory. The first table is without swaps. So the seconds are calculated. The hit rates are not: they come from the package's own banks, ring and policy
-(`hunyuan3.placement`), with experts of one number each, which is compared on arrival. What is made up is the routing:
+until that one has gone to host memory. The first table is without swaps. So the seconds are calculated.
+
+The hit rates are not: they come from the package's own banks, ring and policy (`hunyuan3.placement`), with experts of
+one number each, which is compared on arrival. What is made up is the routing:
 
 * `uniform`, and Zipf with the stated exponent: each layer has its own order of popularity, the expert at rank r is
   drawn in proportion to r ** -exponent, 8 different ones per token, tokens independent of each other;
@@ -38,7 +41,7 @@ from hunyuan3.generate.sampling import SamplingOptions
 from hunyuan3.moe.dispatch import Dispatch
 from hunyuan3.moe.weights import ExpertWeights
 from hunyuan3.pipeline import Hunyuan3
-from hunyuan3.placement.expert_cache import CacheStatistics
+from hunyuan3.placement.expert_cache import HALF_LIFE, MARGIN, CacheStatistics, UseCounts
 from hunyuan3.placement.plan import PCIE4, Workload, plan
 from hunyuan3.placement.streaming import EXPERT_UNIT, DirectCopier, ExpertRing, ExpertStreaming, RingSlot, StreamedBank
 from hunyuan3.plan import Machine, published_config, rates_of_card, sizes_of
@@ -126,6 +129,8 @@ def simulate(
     warm: int = WARM,
     turn: int | None = None,
     cache: bool = True,
+    half_life: float = HALF_LIFE,
+    margin: float = MARGIN,
     seed: int = 0,
 ) -> tuple[CacheStatistics, float]:
     """(statistics of the tokens after the first `warm`, hit rate of the best fixed set) of made-up routings.
@@ -137,6 +142,7 @@ def simulate(
     banks = [StreamedBank([NumberedExpert(number) for number in range(experts)]) for _ in range(layers)]
     ring = ExpertRing(lambda: RingSlot(NumberedExpert(-1)), 4, DirectCopier())
     streaming = ExpertStreaming(banks, ring, 1, cache=cache)
+    streaming.counts = [UseCounts(experts, half_life, margin) for _ in banks]
     for rank in range(resident):
         streaming.moved(f"{EXPERT_UNIT}{rank}", True)
     popular = [popularity(exponent, experts, generator) for _ in banks]
@@ -174,7 +180,7 @@ def report_curve(setups: list[Setup]) -> None:
         )
 
 
-def report_skew(setups: list[Setup], tokens: int, seed: int) -> None:
+def report_skew(setups: list[Setup], tokens: int, half_life: float, margin: float, seed: int) -> None:
     """Prints what the policy makes of routings, and what that means for each setup."""
     print(f"\nhit rates by routing ({LAYERS} layers, {tokens} tokens, the first {WARM} not counted; simulated)\n")
     print("routing             static   best  policy  swaps/1000 misses   tokens/s  GB/token  (calculated)")
@@ -191,6 +197,8 @@ def report_skew(setups: list[Setup], tokens: int, seed: int) -> None:
                     top_k=setup.top_k,
                     tokens=tokens,
                     turn=turn,
+                    half_life=half_life,
+                    margin=margin,
                     seed=seed,
                 )
                 name = f"Zipf {exponent:g}" if exponent else "uniform"
@@ -243,6 +251,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", type=float, default=PCIE4 / 1e9, help="GB/s from host memory (default: 25)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"simulated, more than {WARM}")
+    parser.add_argument("--half-life", type=float, default=HALF_LIFE, help="tokens after which a use counts half")
+    parser.add_argument("--margin", type=float, default=MARGIN, help="of two counts, in standard deviations")
     parser.add_argument("--seed", type=int, default=0, help="of the routings")
     arguments = parser.parse_args()
     if arguments.tokens <= WARM or arguments.link <= 0:
@@ -252,7 +262,7 @@ def main() -> None:
     setups = [Setup.planned(config, *setup, arguments.link * 1e9) for setup in SETUPS]
     print(f"The published model over {arguments.link:g} GB/s.\n")
     report_curve(setups)
-    report_skew(setups, arguments.tokens, arguments.seed)
+    report_skew(setups, arguments.tokens, arguments.half_life, arguments.margin, arguments.seed)
     report_tiny(setups[0], 150)
 
 

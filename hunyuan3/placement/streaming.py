@@ -401,7 +401,7 @@ class ExpertStreaming:
         self._slot_nbytes = slot_nbytes
         # Weakly, as they know this: weights must die with their model at once.
         self._banks = tuple(weakref.ref(bank) for bank in banks)
-        self._counts = [UseCounts(len(bank)) for bank in banks]
+        self.counts = [UseCounts(len(bank)) for bank in banks]  # by layer
         self._starts: list[int] | None = None
         self._sources: list[nn.Module] = []
         self._guessed: set[int] = set()  # ranks of the layer that is to come
@@ -422,10 +422,11 @@ class ExpertStreaming:
 
     @property
     def statistics(self) -> CacheStatistics:
-        """Of all passes over few tokens since the last reset. Take two and reset between two texts to compare them."""
+        """Of all passes over few tokens since the last reset."""
         return self._statistics
 
     def reset_statistics(self) -> None:
+        """Counts from 0 again; what the policy knows of past uses stays."""
         self._statistics = CacheStatistics(expert_bytes=self._slot_nbytes)
 
     def release(self) -> int:
@@ -453,7 +454,7 @@ class ExpertStreaming:
         """A pass over few tokens needs the experts at these ranks of a layer."""
         bank = self._banks[layer]()
         if self.cache:
-            self._counts[layer].used([bank.expert_at[rank] for rank in ranks], tokens)
+            self.counts[layer].used([bank.expert_at[rank] for rank in ranks], tokens)
         hits = sum(bank.resident[rank] for rank in ranks)
         guessed, self._guessed = self._guessed, set()
         self._count(
@@ -498,7 +499,7 @@ class ExpertStreaming:
         if not self.cache:
             return
         residents = [expert for expert, here in zip(bank.expert_at, bank.resident, strict=True) if here]
-        least = self._counts[bank.layer].to_replace(bank.expert_at[rank], residents)
+        least = self.counts[bank.layer].to_replace(bank.expert_at[rank], residents)
         if least is None:
             return
         place = bank.rank_of[least]

@@ -73,7 +73,7 @@ def opened(folder, share=0.0, slots=3, eager=True, **options):
     vram += int(share * (placed.total_bytes - placed.required_bytes))
     model = Hunyuan3.open(folder, streaming=slots, vram=vram, **options)
     if eager:
-        streaming_of(model)._counts = [UseCounts(EXPERTS, half_life=4, margin=0) for _ in range(LAYERS)]
+        streaming_of(model).counts = [UseCounts(EXPERTS, half_life=4, margin=0) for _ in range(LAYERS)]
     return model
 
 
@@ -383,7 +383,7 @@ def test_statistics_of_words_only(routed):
     latents(model)
     streaming = streaming_of(model)
     assert streaming.statistics == CacheStatistics(expert_bytes=streaming._slot_nbytes), "a drawing is none of it"
-    assert all(counts.count(expert) == 0 for counts in streaming._counts for expert in range(EXPERTS))
+    assert all(counts.count(expert) == 0 for counts in streaming.counts for expert in range(EXPERTS))
     prefill = streaming.copied
     written(model, count=1)
     prefill = streaming.copied - prefill
@@ -497,7 +497,7 @@ def test_a_uniform_routing_does_not_thrash(seed):
     assert statistics.swaps < 0.01 * statistics.misses
     # Without the margin it would.
     bank, streaming = numbers(64, 16)
-    streaming._counts = [UseCounts(64, margin=0)]
+    streaming.counts = [UseCounts(64, margin=0)]
     drive(bank, choices(0, 900, seed=seed))
     assert streaming.statistics.swaps > 0.05 * streaming.statistics.misses
 
