@@ -17,6 +17,7 @@ from .folder import ModelFolder
 from .moe.router import RouterPrecision
 from .moe.select import MoEBackend, choose_backend, expert_backend, log_choice
 from .ops.attention import AttentionBackend, attention_backend
+from .placement.guess import guess_ahead
 from .placement.page_lock import PageLock
 from .placement.placed import PlacedModule, Streams, units_by_prefix
 from .placement.streaming import EXPERT_UNIT, ExpertRing, ExpertStreaming, RingSlot, StreamedBank, copier_for
@@ -48,6 +49,8 @@ class LoadOptions:
         device.
     vram: bytes that the transformer's weights may take there, the ring included; None: all of them.
     pinned: bytes of host memory that may be page-locked for streaming to a CUDA card; None: as many as there are.
+    expert_cache: whether, of experts that are streamed, those that words use often stay on the device.
+    expert_guesses: whether the copies of a word's experts begin before their layer's router has chosen them.
     """
 
     device: str | torch.device = "auto"
@@ -61,6 +64,8 @@ class LoadOptions:
     streaming: int = 0
     vram: int | None = None
     pinned: int | None = None
+    expert_cache: bool = True
+    expert_guesses: bool = True
 
     def resolved(self, stored: str = "bf16") -> "ResolvedOptions":
         """Settles what is "auto" on this machine, for a folder whose weights are `stored` in a format.
@@ -102,6 +107,8 @@ class LoadOptions:
             streaming=self.streaming,
             vram=self.vram,
             pinned=self.pinned,
+            expert_cache=self.expert_cache,
+            expert_guesses=self.expert_guesses,
         )
 
 
@@ -121,6 +128,8 @@ class ResolvedOptions:
     streaming: int = 0
     vram: int | None = None
     pinned: int | None = None
+    expert_cache: bool = True
+    expert_guesses: bool = True
 
 
 def place_transformer(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
@@ -173,7 +182,12 @@ def _stream(
         return RingSlot(bank)
 
     nbytes = sum(shape.numel() * dtypes[name].itemsize for name, shape in shapes[0].items())
-    return ExpertStreaming(banks, ExpertRing(make_slot, options.streaming, copier_for(options.device)), nbytes)
+    copier = copier_for(options.device)
+    ring = ExpertRing(make_slot, options.streaming, copier)
+    streaming = ExpertStreaming(banks, ring, nbytes, cache=options.expert_cache)
+    if options.expert_guesses and copier.ahead:
+        guess_ahead(model.layers, streaming)
+    return streaming
 
 
 def place_vae(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
@@ -222,7 +236,11 @@ def _place(
     def read(
         module: nn.Module, parameters: Iterable[str], device: torch.device, check_cancelled: CheckCancelled
     ) -> None:
-        wanted = {published: slot for parameter in parameters for published, slot in by_parameter[parameter].items()}
+        wanted = {
+            published: slot._replace(parameter=parameter)
+            for parameter in parameters
+            for published, slot in by_parameter[parameter if streams is None else streams.held_by(parameter)].items()
+        }
         load_parameters(
             module,
             folder.index,

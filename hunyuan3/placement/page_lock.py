@@ -35,11 +35,12 @@ class PageLock:
         if device.type != "cuda":
             return None
         runtime = torch.cuda.cudart()
-        return cls(
-            limit,
-            lambda address, nbytes: int(runtime.cudaHostRegister(address, nbytes, 0)),
-            lambda address: int(runtime.cudaHostUnregister(address)),
-        )
+
+        def unregister(address: int) -> int:
+            torch.cuda.synchronize(device)  # nothing may still be copied from or to it
+            return int(runtime.cudaHostUnregister(address))
+
+        return cls(limit, lambda address, nbytes: int(runtime.cudaHostRegister(address, nbytes, 0)), unregister)
 
     @property
     def nbytes(self) -> int:

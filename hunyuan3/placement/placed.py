@@ -39,6 +39,9 @@ class Streams(Protocol):
     def release(self) -> int:
         """Gives its bytes up until it is next needed; returns them."""
 
+    def held_by(self, parameter: str) -> str:
+        """Name of the parameter whose weights this one holds: they may have changed places."""
+
 
 _HOST = torch.device("cpu")
 _NOWHERE = torch.device("meta")

@@ -20,7 +20,7 @@ from ..errors import OutOfBudgetError, RequestError
 from . import estimate
 
 GROUP = 1  # experts that are copied, and computed, together: one of the published model is 20 to 75 MB
-RING_GROUPS = 4  # one is computed, one has arrived, the next ones are copied
+RING_GROUPS = 8  # what the link needs to go on while a layer's attention is computed (benchmarks/streaming.py)
 PCIE4 = 25e9  # bytes per second that a PCIe 4.0 x16 link brings from pinned memory
 PAGEABLE = 8e9  # from pageable memory, which goes through a pinned buffer
 DISK = 3e9  # from a solid state drive that sustains it
