@@ -315,6 +315,8 @@ class ExpertRing:
         if not self._slots:
             self._slots = [self._make_slot() for _ in range(self.count)]
             self._free = deque(self._slots)
+            for slot in self._slots:
+                self._copier.used(slot)  # their memory may be that of tensors which are still computed with
         self._end_passes()
 
     def _end_passes(self) -> None:

@@ -3,6 +3,7 @@
 `torch.device("cpu", 0)` stands in for a card, as in test_streaming.
 """
 
+import contextlib
 import gc
 import itertools
 import weakref
@@ -24,6 +25,7 @@ from hunyuan3.placement.streaming import (
     ExpertRing,
     ExpertStreaming,
     RingSlot,
+    StreamCopier,
     StreamedBank,
     ThreadCopier,
     copy_expert,
@@ -587,3 +589,44 @@ def test_a_copy_that_cannot_begin_loses_no_slot():
             one.begin(sources)
     one.reset()
     assert one.num_free == 3
+
+
+class FakeStream:
+    """Notes what it is asked to do, and does nothing."""
+
+    def __init__(self, name):
+        self.name, self.done, self.waited = name, [], []
+
+    def record_event(self):
+        self.done.append(FakeEvent(f"{self.name} {len(self.done)}"))
+        return self.done[-1]
+
+    def wait_event(self, event):
+        self.waited.append(event.name)
+
+
+class FakeEvent:
+    def __init__(self, name):
+        self.name = name
+
+    def synchronize(self):
+        pass
+
+
+def test_on_a_card_nothing_is_read_or_overwritten_too_early(monkeypatch):
+    """Only the order in which streams wait for each other: what a card does with it needs a card."""
+    copies, compute = FakeStream("copies"), FakeStream("compute")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: copies)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: compute)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    one = ExpertRing(lambda: RingSlot(Number(-1)), 2, StreamCopier(CARD))
+    resident, away, other = Number(1), Number(2), Number(3)
+    run = one.run([away, other], 0, 2, cyclic=False)
+    next(run)
+    assert copies.waited == ["compute 0", "compute 1"], "until the slots' memory is free"
+    assert compute.waited == ["copies 0"], "for the first one only"
+    one.exchange(resident, away)  # compute 2
+    assert [position for position, _ in run] == [1]  # the slots are used up at compute 3 and 4
+    assert compute.waited == ["copies 0", "copies 1"]
+    list(one.run([away], 0, 1, cyclic=False))
+    assert copies.waited[2:] == ["compute 3", "compute 2"], "until the slot is free, and its new expert written there"
