@@ -152,13 +152,18 @@ def write(
             picture_generator=reference_generators(seed, 1, device)[0] if posterior == "reference" else None,
         )
         bring_to_device(model.transformer, work, progress, advice=smaller_weights(model))
-        last = 0.0
+        streams = core.placed_transformer.streams
+        if streams is not None:
+            streams.reset_statistics()
+        last, started = 0.0, time.monotonic()
         for step in run:
             check_cancelled()
             now = time.monotonic()
             if now - last >= _INTERVAL:
                 last = now
                 progress.stream(step.stage, show(run, step.stage))
+        if streams is not None and streams.statistics.tokens:
+            progress.log(streams.statistics.text(time.monotonic() - started))
         return run
 
     return with_one_retry(

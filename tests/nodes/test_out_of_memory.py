@@ -372,6 +372,16 @@ def test_streamed_work_survives_and_loses_no_slot(
     assert streamed.core.placed_transformer.host_bytes > 0
 
 
+def test_written_with_streamed_experts_the_log_tells_hits_and_bytes(streamed: Handle, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO):
+        streamed.write()
+    (line,) = (
+        record.getMessage() for record in caplog.records if "of their experts on the device" in record.getMessage()
+    )
+    assert re.search(r"\d+ tokens, \d+% of their experts on the device, \d+\.\d+ MB copied per token", line)
+    assert "tokens/s" in line
+
+
 def test_fault_that_stays_is_tried_twice_and_not_thrice(handle: Handle):
     with Fault("first step", times=100) as fault, pytest.raises(error(handle, "OutOfBudgetError")):
         handle.draw()
