@@ -192,7 +192,8 @@ class Hunyuan3Loader(io.ComfyNode):
 def describe(handle: ModelHandle) -> str:
     """One line: what was opened and what was chosen for it."""
     options = handle.model.options
-    size = f"{handle.transformer.model_size() / GIB:.2f} GiB"
+    nbytes = handle.transformer.placed.total_bytes
+    size = f"{nbytes / GIB:.2f} GiB" if nbytes > GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
     return (
         f"{handle.model.folder.variant}, {options.format}, {_short(options.dtype)} on {options.device}, {size}; "
         f"experts: {options.moe_backend} ({options.moe_reason}), router {options.router}, "
