@@ -41,9 +41,12 @@ from hunyuan3.generate.sampling import SamplingOptions
 from hunyuan3.moe.dispatch import Dispatch
 from hunyuan3.moe.weights import ExpertWeights
 from hunyuan3.pipeline import Hunyuan3
+from hunyuan3.placement.budget import PCIE4, Workload
+from hunyuan3.placement.copier import DirectCopier, RingSlot
 from hunyuan3.placement.expert_cache import HALF_LIFE, MARGIN, CacheStatistics, UseCounts
-from hunyuan3.placement.plan import PCIE4, Workload, plan
-from hunyuan3.placement.streaming import EXPERT_UNIT, DirectCopier, ExpertRing, ExpertStreaming, RingSlot, StreamedBank
+from hunyuan3.placement.planner import plan
+from hunyuan3.placement.ring import ExpertRing
+from hunyuan3.placement.streaming import EXPERT_UNIT, ExpertStreaming, StreamedBank
 from hunyuan3.plan import Machine, published_config, rates_of_card, sizes_of
 from hunyuan3.tiny import make_tiny
 from hunyuan3.writing import TextRequest, answering

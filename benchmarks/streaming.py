@@ -43,18 +43,10 @@ from hunyuan3.moe.layer import MoELayer
 from hunyuan3.moe.weights import ExpertBank, ExpertWeights
 from hunyuan3.ops.attention import plan_attention
 from hunyuan3.ops.rope import rope_positions, rope_table
-from hunyuan3.placement.plan import RING_GROUPS
-from hunyuan3.placement.streaming import (
-    EXPERT_UNIT,
-    Copier,
-    CopyExpert,
-    ExpertRing,
-    ExpertStreaming,
-    RingSlot,
-    StreamedBank,
-    ThreadCopier,
-    copy_expert,
-)
+from hunyuan3.placement.copier import Copier, CopyExpert, RingSlot, ThreadCopier, copy_expert
+from hunyuan3.placement.planner import RING_GROUPS
+from hunyuan3.placement.ring import ExpertRing
+from hunyuan3.placement.streaming import EXPERT_UNIT, ExpertStreaming, StreamedBank
 from hunyuan3.types import Span
 
 CARD = torch.device("cpu", 0)

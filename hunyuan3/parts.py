@@ -17,10 +17,12 @@ from .folder import ModelFolder
 from .moe.router import RouterPrecision
 from .moe.select import MoEBackend, choose_backend, expert_backend, log_choice
 from .ops.attention import AttentionBackend, attention_backend
+from .placement.copier import RingSlot, copier_for
 from .placement.guess import guess_ahead
 from .placement.page_lock import PageLock
 from .placement.placed import PlacedModule, Streams, units_by_prefix
-from .placement.streaming import EXPERT_UNIT, ExpertRing, ExpertStreaming, RingSlot, StreamedBank, copier_for
+from .placement.ring import ExpertRing
+from .placement.streaming import EXPERT_UNIT, ExpertStreaming, StreamedBank
 from .quant.modules import is_quantized, swap, transform_to
 from .quant.policy import policy_of, same_storage
 from .transformer.model import Hunyuan3Transformer

@@ -20,19 +20,9 @@ from .config import ModelConfig
 from .errors import Hunyuan3Error
 from .folder import Networks
 from .ops.quantized import Scheme
-from .placement.plan import (
-    DISK,
-    PCIE4,
-    DeviceBudget,
-    HostBudget,
-    LayerSizes,
-    PartSizes,
-    Plan,
-    Rate,
-    Workload,
-    attempt,
-    plan,
-)
+from .placement.budget import DISK, PCIE4, DeviceBudget, HostBudget, LayerSizes, PartSizes, Rate, Workload
+from .placement.plan import Plan
+from .placement.planner import attempt, plan
 from .quant.modules import CHUNK, is_quantized, swap
 from .quant.policy import FORMATS, policy_of
 

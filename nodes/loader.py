@@ -14,7 +14,7 @@ from ..hunyuan3.moe.select import MOE_BACKENDS
 from ..hunyuan3.ops.attention import ATTENTION_BACKENDS
 from ..hunyuan3.parts import DTYPES, VAE_DTYPES, LoadOptions
 from ..hunyuan3.pipeline import Hunyuan3
-from ..hunyuan3.placement.plan import RING_GROUPS as RING_SLOTS
+from ..hunyuan3.placement.planner import RING_GROUPS as RING_SLOTS
 from ..hunyuan3.quant.policy import FORMATS
 from .compat import io, require_choice, schema
 from .folders import checkpoint_names, checkpoint_path

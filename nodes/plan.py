@@ -8,7 +8,9 @@ import torch
 from ..hunyuan3.errors import OutOfBudgetError
 from ..hunyuan3.folder import ModelFolder
 from ..hunyuan3.parts import ResolvedOptions
-from ..hunyuan3.placement.plan import DeviceBudget, HostBudget, PartSizes, Plan, Rate, Workload, attempt, plan
+from ..hunyuan3.placement.budget import DeviceBudget, HostBudget, PartSizes, Rate, Workload
+from ..hunyuan3.placement.plan import Plan
+from ..hunyuan3.placement.planner import attempt, plan
 from ..hunyuan3.plan import rates_of_card, sizes_of
 from ..hunyuan3.quant.policy import FORMATS, storage_of
 from .memory import GIB, Budget, most_free_memory

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.denoise import Sizes
 from benchmarks.streaming import PACES, Setting, Stack, StreamingError, Turn, measure, run, verify
-from hunyuan3.placement.streaming import DirectCopier, ThreadCopier, copy_expert
+from hunyuan3.placement.copier import DirectCopier, ThreadCopier, copy_expert
 
 TINY = Setting(
     Sizes(128, 2, 4, 2, 8, 2, 96, patch_width=32, latent_channels=4, side=12, prompt=12), slots=3, steps=1, repeats=1

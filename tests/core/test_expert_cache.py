@@ -19,18 +19,10 @@ from hunyuan3.moe.weights import ExpertWeights
 from hunyuan3.pack import pack
 from hunyuan3.pipeline import Hunyuan3
 from hunyuan3.placement import guess
+from hunyuan3.placement.copier import DirectCopier, RingSlot, StreamCopier, ThreadCopier, copy_expert, exchange
 from hunyuan3.placement.expert_cache import CacheStatistics, UseCounts
-from hunyuan3.placement.streaming import (
-    DirectCopier,
-    ExpertRing,
-    ExpertStreaming,
-    RingSlot,
-    StreamCopier,
-    StreamedBank,
-    ThreadCopier,
-    copy_expert,
-    exchange,
-)
+from hunyuan3.placement.ring import ExpertRing
+from hunyuan3.placement.streaming import ExpertStreaming, StreamedBank
 from hunyuan3.writing import TextRequest, answering
 
 CARD = torch.device("cpu", 0)

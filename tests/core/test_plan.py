@@ -22,21 +22,10 @@ from hunyuan3.moe.select import expert_backend
 from hunyuan3.ops.quantized import quantize
 from hunyuan3.parts import LoadOptions, place_transformer, place_vae, place_vision
 from hunyuan3.placement import estimate
-from hunyuan3.placement.plan import (
-    GROUP,
-    RING_GROUPS,
-    DeviceBudget,
-    HostBudget,
-    LayerSizes,
-    PartSizes,
-    Plan,
-    Rate,
-    Refusal,
-    Workload,
-    attempt,
-    plan,
-    step_flops,
-)
+from hunyuan3.placement.budget import DeviceBudget, HostBudget, LayerSizes, PartSizes, Rate, Workload
+from hunyuan3.placement.flops import step_flops
+from hunyuan3.placement.plan import Plan, Refusal
+from hunyuan3.placement.planner import GROUP, RING_GROUPS, attempt, plan
 from hunyuan3.plan import Machine, _scratch, main, published_config, sizes_of
 from hunyuan3.quant.policy import FORMATS
 from hunyuan3.transformer.model import Hunyuan3Transformer

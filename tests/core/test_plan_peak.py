@@ -21,7 +21,8 @@ import torch
 from hunyuan3 import tiny
 from hunyuan3.config import ModelConfig
 from hunyuan3.pipeline import Hunyuan3
-from hunyuan3.placement.plan import DeviceBudget, HostBudget, Rate, Workload, plan
+from hunyuan3.placement.budget import DeviceBudget, HostBudget, Rate, Workload
+from hunyuan3.placement.planner import plan
 from hunyuan3.plan import sizes_of
 
 torch.set_num_threads(1)

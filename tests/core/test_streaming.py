@@ -16,7 +16,8 @@ from hunyuan3.folder import ModelFolder
 from hunyuan3.generate.sampling import SamplingOptions
 from hunyuan3.pack import pack
 from hunyuan3.pipeline import Hunyuan3
-from hunyuan3.placement.streaming import DirectCopier, ExpertRing, RingSlot, ThreadCopier, copy_expert
+from hunyuan3.placement.copier import DirectCopier, RingSlot, ThreadCopier, copy_expert
+from hunyuan3.placement.ring import ExpertRing
 from hunyuan3.quant.policy import FORMATS
 from hunyuan3.writing import TextRequest, answering, thinking
 
