@@ -81,7 +81,7 @@ def pack(
     Raises RequestError (a pack as source, another pack in `out`), CheckpointError (damaged source), OutOfBudgetError
     (disk).
     """
-    weight_format = storage_of(weight_format)
+    weight_format, out = storage_of(weight_format), out.resolve()  # one lock, however the folder is called
     if out.exists() and not out.is_dir():
         raise RequestError(f"{out} is a file. Name a folder to write to.")
     layout = _lay_out(source, weight_format)

@@ -32,6 +32,7 @@ import { TextView } from "./text_view.js"
 const NODES = new Set(["Hunyuan3Think", "Hunyuan3Ask"])
 const NAME = "hunyuan3_text" // of the widget, and of the node's property that keeps the text
 const MIN_HEIGHT = 160
+const STATUS_LENGTH = 100
 
 /** @type {WeakMap<Node, TextView>} */
 const views = new WeakMap()
@@ -74,7 +75,9 @@ function addView(node) {
     })
     widget.serialize = false // not among the saved values either, which go by position: saved as a property instead
     divertProgressText(node, text => {
-        if (!view.writing) view.setStatus(text)
+        // What is long is a text on its way, which comes as an event of our own that says where it belongs.
+        if (view.writing || text.length > STATUS_LENGTH || text.includes("\n")) return
+        view.setStatus(text)
         busy.add(view)
     })
 

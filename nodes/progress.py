@@ -42,8 +42,8 @@ class NodeProgress:
 
     def text(self, text: str) -> None:
         """Shows a line of text on the node."""
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and self.node_id is not None:
+        server = self._listening()
+        if server is not None:
             server.send_progress_text(text, self.node_id, server.client_id)
 
     def stream(self, stage: str, text: str) -> None:
@@ -52,12 +52,17 @@ class NodeProgress:
         """
         mm.throw_exception_if_processing_interrupted()
         self.text(text or stage)
-        server = getattr(PromptServer, "instance", None)
-        if server is None or server.client_id is None or self.node_id is None:
-            return  # nobody asked to be told: without a client it would go to every page
+        server = self._listening()
+        if server is None:
+            return
         told = {"node": self.node_id, "stage": stage, "text": text, "workflow": self.workflow}
         told["prompt_id"] = getattr(server, "last_prompt_id", None)
         server.send_sync(TEXT_EVENT, told, server.client_id)
+
+    def _listening(self) -> PromptServer | None:
+        """The server, if somebody asked to be told: a message without a client would go to every open page."""
+        server = getattr(PromptServer, "instance", None)
+        return None if server is None or server.client_id is None or self.node_id is None else server
 
     def shown(self, text: str) -> dict[str, list[str]]:
         """The text as the node's output, with the workflow that it belongs to where that is known."""

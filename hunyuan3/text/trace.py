@@ -61,6 +61,10 @@ def tidy_trace(trace: str) -> str:
         body = trace[at + len(tags[0]) :]
         other = RECAPTION if tags is THINK else THINK
         stop = next((mark for mark in (tags[1], other[0]) if mark in body), "")
+        if stop == tags[1]:
+            _, beyond, later = body.partition(stop)[0].partition(other[0])
+            if beyond and tags[0] in later:  # what closes here was opened again, after the other kind
+                stop = other[0]
         body, _, rest = body.partition(stop) if stop else (body, "", "")
         _join(parts, tags, body)
         trace = rest if stop == tags[1] else stop + rest
@@ -80,8 +84,11 @@ def _join(parts: list[tuple[tuple[str, str] | None, str]], tags: tuple[str, str]
 
 
 def _without_tags(text: str) -> str:
-    for tag in (*THINK, *RECAPTION):
-        text = text.replace(tag, "")
+    before = None
+    while text != before:  # what is left around a tag may be a tag
+        before = text
+        for tag in (*THINK, *RECAPTION):
+            text = text.replace(tag, "")
     return text
 
 

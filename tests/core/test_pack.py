@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,11 +246,21 @@ def test_two_at_once_do_not_write_to_one_folder(folders, packs, tmp_path):
     source, out = ModelFolder.open(folders["instruct"]), tmp_path / "pack"
     first = pack(source, out, "int8")
     next(first)
-    with pytest.raises(RequestError, match="Another process is writing"):
-        next(pack(source, out, "int8"))
+    (tmp_path / "link").symlink_to(out, target_is_directory=True)
+    for same in (out, tmp_path / "link", out / ".." / "pack"):
+        with pytest.raises(RequestError, match="Another process is writing"):
+            next(pack(source, same, "int8"))
+    (tmp_path / "link").unlink()
     list(first)
     assert bytes_of(out) == bytes_of(packs["int8"])
     assert [file.name for file in tmp_path.iterdir()] == ["pack"], "the lock is gone"
+
+
+def test_into_the_folder_that_one_stands_in(folders, packs, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    list(pack(ModelFolder.open(folders["instruct"]), Path(), "int8"))
+    assert bytes_of(tmp_path / "here") == bytes_of(packs["int8"])
 
 
 def test_stopped_while_noting_it_for_the_first_time_it_goes_on(folders, packs, tmp_path):

@@ -111,6 +111,8 @@ def test_a_truncated_trace_is_treated_like_plain_text_unless_closed_first():
         ("</recaption>", ""),
         ("<think>a<recaption>b</think>c</recaption>", "<think>ab</think>c"),
         ("a<recaption>b</recaption>c", "a<recaption>b</recaption>c"),
+        ("<think>a<recaption>b</recaption><think>c</think>", "<think>a\nc</think><recaption>b</recaption>"),
+        ("</thi</recaption>nk>a", "a"),
         ("plain", "plain"),
         ("", ""),
     ],

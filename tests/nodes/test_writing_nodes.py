@@ -104,8 +104,11 @@ def test_text_of_a_prompt_without_a_client_goes_to_nobody(comfy_server: ComfySer
         assert comfy_server.wait(prompt_id)["think"]["text"]
         page.run(thinking(loader, seed=26))  # its messages come after all of the other's
         told = [event.data["prompt_id"] for event in page._events if event.kind == "hunyuan3.text"]
+        own = next(i for i, event in enumerate(page._events) if event.data.get("prompt_id") not in (None, prompt_id))
+        lines = [event for event in page._events[:own] if event.kind == "text"]
     assert told
     assert prompt_id not in told
+    assert not lines, "nor as ComfyUI's own progress text"
 
 
 def test_a_new_image_seed_leaves_what_was_thought(comfy_server: ComfyServer, loader: dict):
