@@ -217,7 +217,7 @@ class PartPatcher(ModelPatcher):
     def drop(self) -> None:
         """Gives everything up, also what the host would have room for; it is read again when next loaded."""
         self.give_up_kept()
-        self.placed.unload()
+        self.placed.drop()  # experts that wait in host memory, too: it is the host's memory that ran out
         self._tell_model()
 
     def patch_model(self, *args: object, **kwargs: object) -> torch.nn.Module:

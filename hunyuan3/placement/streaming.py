@@ -1,9 +1,9 @@
 """Experts that are computed with from host memory: a ring of slots on the device, filled ahead of the compute.
 
-A denoise step needs every expert of every layer, in the same order each time. The experts that are
-not on the device come through the ring, one slot each, in the order in which the layers will ask for them: while one is
-computed the next ones are copied, and behind the last layer comes the first again. A pass over few tokens (a word)
-needs few experts: then only those are copied, and those that words use often take the places of others on the device
+A denoise step needs every expert of every layer, in the same order each time. The experts that are not on the device
+come through the ring, one slot each, in the order in which the layers will ask for them: while one is computed the next
+ones are copied, and behind the last layer comes the first again. A pass over few tokens (a word) needs few experts:
+then only those are copied, and those that words use often take the places of others on the device
 (placement.expert_cache).
 
 What a slot holds is an expert as it is stored, so a compressed one travels compressed. Each expert's outputs go to rows

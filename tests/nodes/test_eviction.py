@@ -396,6 +396,16 @@ def test_streamed_bytes_freed_are_the_bytes_reported(mm: types.ModuleType, card:
     assert mm.loaded_models() == []
 
 
+def test_what_is_dropped_is_in_host_memory_no_more(streamed: Opened, whole_latents: torch.Tensor):
+    """When the host's memory runs out, experts that wait there are what fills it."""
+    part = streamed.transformer
+    streamed.bring(part)
+    assert part.placed.host_bytes > 0
+    part.drop()
+    assert part.placed.host_bytes == part.loaded_size() == held_bytes(part) == 0
+    torch.testing.assert_close(streamed.latents(), whole_latents, rtol=0, atol=0)
+
+
 def test_a_budget_leaves_experts_in_host_memory(
     comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path, whole_latents: torch.Tensor
 ):
