@@ -46,11 +46,13 @@ from hunyuan3.placement.copier import DirectCopier, RingSlot
 from hunyuan3.placement.expert_cache import HALF_LIFE, MARGIN, CacheStatistics, UseCounts
 from hunyuan3.placement.planner import plan
 from hunyuan3.placement.ring import ExpertRing
-from hunyuan3.placement.streaming import EXPERT_UNIT, ExpertStreaming, StreamedBank
+from hunyuan3.placement.streaming import ExpertStreaming, StreamedBank, expert_unit
 from hunyuan3.plan import Machine, published_config, rates_of_card, sizes_of
 from hunyuan3.tiny import make_tiny
 from hunyuan3.writing import TextRequest, answering
 
+CARD = torch.device("cpu", 0)  # stands in for a card: another device than the host's cpu
+CARD = torch.device("cpu", 0)  # stands in for a card: another device than the host's cpu
 SETUPS = (("int4", 24, 64), ("fp8", 24, 128))  # format, GB of the card, GB of RAM
 HIT_RATES = tuple(percent / 100 for percent in range(0, 100, 10))
 EXPONENTS = (0.0, 0.5, 0.8, 1.0, 1.2, 1.5)
@@ -87,7 +89,7 @@ class Setup:
             resident=made.layers[0].resident,
             expert=expert,
             read=sizes.head + sum(layer.dense + top_k * layer.expert for layer in sizes.layers),
-            memory=rates_of_card(card)[1],
+            memory=rates_of_card(CARD)[1],
             link=link,
         )
 
@@ -144,10 +146,10 @@ def simulate(
     generator = torch.Generator().manual_seed(seed)
     banks = [StreamedBank([NumberedExpert(number) for number in range(experts)]) for _ in range(layers)]
     ring = ExpertRing(lambda: RingSlot(NumberedExpert(-1)), 4, DirectCopier())
-    streaming = ExpertStreaming(banks, ring, 1, cache=cache)
+    streaming = ExpertStreaming(banks, {CARD: ring}, 1, cache=cache)
     streaming.counts = [UseCounts(experts, half_life, margin) for _ in banks]
     for rank in range(resident):
-        streaming.moved(f"{EXPERT_UNIT}{rank}", True)
+        streaming.moved(expert_unit(rank, CARD), True)
     popular = [popularity(exponent, experts, generator) for _ in banks]
     best = 0
     for token in range(tokens):
@@ -216,12 +218,11 @@ def report_skew(setups: list[Setup], tokens: int, half_life: float, margin: floa
 
 def tiny_statistics(share: float, *, cache: bool, tokens: int = 150) -> tuple[CacheStatistics, float]:
     """(statistics, share of the experts that is resident) of two answers of a tiny model with random weights."""
-    card = torch.device("cpu", 0)  # stands in for a card: another device than the host's cpu
     with tempfile.TemporaryDirectory() as root:
         folder = make_tiny(Path(root) / "tiny", "instruct")
-        options = {"device": card, "dtype": "float32", "streaming": 3, "expert_cache": cache}
+        options = {"device": CARD, "dtype": "float32", "streaming": 3, "expert_cache": cache}
         placed = Hunyuan3.open(folder, **options).placed_transformer
-        beside = placed.required_bytes + placed.streams.full_nbytes
+        beside = placed.required_bytes + placed.full_ring_on(placed.device)
         vram = beside + int(share * (placed.total_bytes - placed.required_bytes))
         model = Hunyuan3.open(folder, vram=vram, **options)
         for prompt in ("who?", "a fox in the snow"):

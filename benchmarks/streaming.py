@@ -46,7 +46,7 @@ from hunyuan3.ops.rope import rope_positions, rope_table
 from hunyuan3.placement.copier import Copier, CopyExpert, RingSlot, ThreadCopier, copy_expert
 from hunyuan3.placement.planner import RING_GROUPS
 from hunyuan3.placement.ring import ExpertRing
-from hunyuan3.placement.streaming import EXPERT_UNIT, ExpertStreaming, StreamedBank
+from hunyuan3.placement.streaming import ExpertStreaming, StreamedBank, expert_unit
 from hunyuan3.types import Span
 
 CARD = torch.device("cpu", 0)
@@ -129,7 +129,7 @@ class Stack:
 
         ring = ExpertRing(make_slot, self.setting.slots, self.setting.make_copier(self.link))
         nbytes = sum(parameter.nbytes for parameter in self.layers[0].experts[0].parameters())
-        return ExpertStreaming([layer.experts for layer in self.layers], ring, nbytes)
+        return ExpertStreaming([layer.experts for layer in self.layers], {CARD: ring}, nbytes)
 
     @property
     def layers(self) -> list[MoELayer]:
@@ -142,12 +142,12 @@ class Stack:
 
     @property
     def expert_nbytes(self) -> int:
-        return self.streaming.full_nbytes // self.setting.slots
+        return self.streaming.full_nbytes_on(CARD) // self.setting.slots
 
     def send_away(self, count: int) -> None:
         """So many experts of each layer are in host memory, the others on the device. Empties the ring."""
         for expert in range(self.setting.sizes.experts):
-            self.streaming.moved(f"{EXPERT_UNIT}{expert}", expert < self.setting.sizes.experts - count)
+            self.streaming.moved(expert_unit(expert, CARD), expert < self.setting.sizes.experts - count)
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:

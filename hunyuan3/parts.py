@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,8 @@ from .placement.guess import guess_ahead
 from .placement.page_lock import PageLock
 from .placement.placed import PlacedModule, Streams, units_by_prefix
 from .placement.ring import ExpertRing
-from .placement.streaming import EXPERT_UNIT, ExpertStreaming, StreamedBank
+from .placement.split import LayerSplit
+from .placement.streaming import EXPERT_UNIT, ExpertStreaming, StreamedBank, expert_unit
 from .quant.modules import is_quantized, swap, transform_to
 from .quant.policy import policy_of, same_storage
 from .transformer.model import Hunyuan3Transformer
@@ -49,7 +50,9 @@ class LoadOptions:
         or "int4"; "fp8_dynamic" and "int8_dynamic" quantise the activations, too (see quant.policy).
     streaming: slots of the ring through which experts come from host memory, at least 2; 0: all weights must be on the
         device.
-    vram: bytes that the transformer's weights may take there, the ring included; None: all of them.
+    vram: bytes that the transformer's weights may take on each device, the ring included, or by device; None, or a
+        device left out: all of them.
+    split: which devices compute which layers, the first one being `device`; None: all are computed there.
     pinned: bytes of host memory that may be page-locked for streaming to a CUDA card; None: as many as there are.
     expert_cache: whether, of experts that are streamed, those that words use often stay on the device.
     expert_guesses: whether the copies of a word's experts begin before their layer's router has chosen them.
@@ -64,10 +67,11 @@ class LoadOptions:
     attention: AttentionBackend = "auto"
     format: str = "auto"
     streaming: int = 0
-    vram: int | None = None
+    vram: int | Mapping[torch.device, int] | None = None
     pinned: int | None = None
     expert_cache: bool = True
     expert_guesses: bool = True
+    split: LayerSplit | None = None
 
     def resolved(self, stored: str = "bf16") -> "ResolvedOptions":
         """Settles what is "auto" on this machine, for a folder whose weights are `stored` in a format.
@@ -75,7 +79,11 @@ class LoadOptions:
         Raises RequestError for what is unknown or does not work here.
         """
         weight_format = stored if self.format == "auto" else self.format
-        device = _device(self.device)
+        if self.split is not None and self.device not in ("auto", self.split.devices[0]):
+            raise RequestError(
+                f"device is {str(self.device)!r}, but the split begins on {self.split.devices[0]}. Leave device 'auto'."
+            )
+        device, *others = [_device(asked) for asked in (self.split.devices if self.split else (self.device,))]
         on_accelerator = device.type != "cpu"
         dtype = _named(DTYPES, "dtype", self.dtype, "bfloat16" if on_accelerator else "float32")
         follows_reference = on_accelerator and dtype == torch.bfloat16
@@ -90,6 +98,9 @@ class LoadOptions:
             )
         dynamic = policy.experts if policy is not None and policy.dynamic else None
         backend, reason = choose_backend(self.moe_backend, device, dtype, dynamic)
+        for other in others:
+            if backend == "grouped":
+                backend, reason = choose_backend(self.moe_backend, other, dtype, dynamic)
         if self.streaming and self.moe_backend == "auto":
             backend, reason = "loop", "experts that are streamed come one by one"
         if self.streaming == 1 or self.streaming < 0:
@@ -111,6 +122,7 @@ class LoadOptions:
             pinned=self.pinned,
             expert_cache=self.expert_cache,
             expert_guesses=self.expert_guesses,
+            split=self.split,
         )
 
 
@@ -128,16 +140,19 @@ class ResolvedOptions:
     attention: str
     format: str
     streaming: int = 0
-    vram: int | None = None
+    vram: int | Mapping[torch.device, int] | None = None
     pinned: int | None = None
     expert_cache: bool = True
     expert_guesses: bool = True
+    split: LayerSplit | None = None
 
 
 def place_transformer(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
     """The transformer, unloaded; layers are its units. The router's weights stay float32 in every dtype."""
     log_choice(options.moe_backend, options.moe_reason)
     model = folder.networks.transformer()
+    if options.split is not None:
+        model.layer_devices = options.split.by_layer(len(model.layers))
     slots, transform = folder.networks.transformer_slots, None
     policy = policy_of(options.format)
     if policy is not None:
@@ -161,14 +176,23 @@ def place_transformer(folder: ModelFolder, options: ResolvedOptions) -> PlacedMo
     def dtype_of(name: str) -> torch.dtype:
         return stored.get(name) or (torch.float32 if name.endswith(ROUTER_SUFFIX) else options.dtype)
 
-    streams = _stream(model, options, dtype_of) if options.streaming else None
-    return _place("transformer", model.eval(), folder, slots, options, dtype_of, transform, streams)
+    devices = model.layer_devices or (options.device,) * len(model.layers)
+
+    def device_of(name: str) -> torch.device:
+        layer = re.match(r"layers\.(\d+)\.", name)
+        return devices[int(layer[1])] if layer else options.device
+
+    streams = _stream(model, options, devices, dtype_of) if options.streaming else None
+    return _place("transformer", model.eval(), folder, slots, options, dtype_of, transform, streams, device_of)
 
 
 def _stream(
-    model: Hunyuan3Transformer, options: ResolvedOptions, dtype_of: Callable[[str], torch.dtype]
+    model: Hunyuan3Transformer,
+    options: ResolvedOptions,
+    devices: Sequence[torch.device],
+    dtype_of: Callable[[str], torch.dtype],
 ) -> ExpertStreaming:
-    """Connects the layers' experts to a ring."""
+    """Connects the layers' experts to the rings of their devices."""
     banks = [layer.mlp.experts for layer in model.layers]
     shapes = [{name: p.shape for name, p in bank[0].named_parameters()} for bank in banks]
     if any(other != shapes[0] for other in shapes):
@@ -176,18 +200,21 @@ def _stream(
     template = copy.deepcopy(banks[0][0])
     dtypes = {name: dtype_of(f"layers.0.mlp.experts.0.{name}") for name in shapes[0]}
 
-    def make_slot() -> RingSlot:
-        bank = copy.deepcopy(template)
-        for name, shape in shapes[0].items():
-            room = torch.empty(shape, dtype=dtypes[name], device=options.device)
-            setattr(bank, name, nn.Parameter(room, requires_grad=False))
-        return RingSlot(bank)
+    def slots_on(device: torch.device) -> Callable[[], RingSlot]:
+        def make_slot() -> RingSlot:
+            bank = copy.deepcopy(template)
+            for name, shape in shapes[0].items():
+                room = torch.empty(shape, dtype=dtypes[name], device=device)
+                setattr(bank, name, nn.Parameter(room, requires_grad=False))
+            return RingSlot(bank)
+
+        return make_slot
 
     nbytes = sum(shape.numel() * dtypes[name].itemsize for name, shape in shapes[0].items())
-    copier = copier_for(options.device)
-    ring = ExpertRing(make_slot, options.streaming, copier)
-    streaming = ExpertStreaming(banks, ring, nbytes, cache=options.expert_cache)
-    if options.expert_guesses and copier.ahead:
+    copiers = {device: copier_for(device) for device in dict.fromkeys(devices)}
+    rings = {device: ExpertRing(slots_on(device), options.streaming, copier) for device, copier in copiers.items()}
+    streaming = ExpertStreaming(banks, rings, nbytes, devices=devices, cache=options.expert_cache)
+    if options.expert_guesses and all(copier.ahead for copier in copiers.values()):
         guess_ahead(model.layers, streaming)
     return streaming
 
@@ -213,12 +240,13 @@ def load_transformer(folder: ModelFolder, options: ResolvedOptions) -> Hunyuan3T
     return placed.load(room=room_for(placed, options))
 
 
-def room_for(placed: PlacedModule, options: ResolvedOptions) -> int | None:
-    """Bytes that may still come to the device, the ring's taken off; None for no limit."""
-    if options.vram is None:
+def room_for(placed: PlacedModule, options: ResolvedOptions) -> dict[torch.device, int] | None:
+    """Bytes that may still come to each device, the ring's taken off; None for no limit."""
+    vram = options.vram
+    if vram is None:
         return None
-    ring = 0 if placed.streams is None else placed.streams.full_nbytes
-    return options.vram - ring - placed.loaded_bytes
+    limits = vram if isinstance(vram, Mapping) else dict.fromkeys(placed.devices, vram)
+    return {device: limit - placed.full_ring_on(device) - placed.loaded_on(device) for device, limit in limits.items()}
 
 
 def _place(
@@ -230,7 +258,14 @@ def _place(
     dtype_of: Callable[[str], torch.dtype],
     transform: Transform | None,
     streams: Streams | None = None,
+    device_of: Callable[[str], torch.device] | None = None,
 ) -> PlacedModule:
+    """device_of: where each parameter is computed with; None: all on the options' device."""
+
+    def home(_name: str) -> torch.device:
+        return options.device
+
+    device_of = device_of or home
     by_parameter: dict[str, dict[str, Slot]] = {}
     for published, slot in slots.items():
         by_parameter.setdefault(slot.parameter, {})[published] = slot
@@ -254,19 +289,25 @@ def _place(
         )
 
     sizes = {key: value.numel() * dtype_of(key).itemsize for key, value in module.named_parameters()}
-    units = units_by_prefix(sizes, _unit_of, streams=lambda unit: unit.startswith(EXPERT_UNIT))
-    lock = None if streams is None else PageLock.for_device(options.device, options.pinned)
+    units = units_by_prefix(
+        sizes,
+        lambda parameter: _unit_of(parameter, device_of(parameter)),
+        device_of,
+        streams=lambda unit: unit.startswith(EXPERT_UNIT),
+    )
+    lock = None if streams is None else PageLock.for_devices({unit.device for unit in units}, options.pinned)
     return PlacedModule(name, module, units, options.device, read, streams, lock)
 
 
-def _unit_of(parameter: str) -> str:
+def _unit_of(parameter: str, device: torch.device) -> str:
     """A transformer layer is a unit of its own; everything else of a network is one more.
 
-    Experts that stream are a unit by their number, in all layers: so every layer has the same share on the device.
+    Experts that stream are a unit by their number, in all layers of a device: so each of these has the same share on
+    it.
     """
     expert = re.match(r"layers\.\d+\.mlp\.experts\.(\d+)\.", parameter)
     if expert:
-        return f"{EXPERT_UNIT}{expert[1]}"
+        return expert_unit(int(expert[1]), device)
     match = re.match(r"layers\.\d+", parameter)
     return match[0] if match else "rest"
 

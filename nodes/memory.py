@@ -2,7 +2,9 @@
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
 
 import comfy.model_management as mm
 import torch
@@ -12,7 +14,8 @@ from ..hunyuan3.callbacks import Progress, no_progress
 from ..hunyuan3.errors import OutOfBudgetError, RequestError
 from ..hunyuan3.generate.prefix import PrefixStore
 from ..hunyuan3.placement.out_of_memory import is_out_of_host_memory
-from ..hunyuan3.placement.placed import PlacedModule
+from ..hunyuan3.placement.placed import PlacedModule, Unit
+from ..hunyuan3.placement.split import LayerSplit
 from .out_of_memory import EVERYTHING_ELSE, with_one_retry
 
 _log = logging.getLogger(__name__)
@@ -21,16 +24,41 @@ GIB = 2**30
 _HOST = torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Work:
+    """Bytes beside the weights. activations: on whichever device computes. cache: keys and values of all layers, each on
+    its own device.
+    """
+
+    activations: int
+    cache: int = 0
+
+    @property
+    def total(self) -> int:
+        """Where one device does everything."""
+        return self.activations + self.cache
+
+    def on(self, share: float) -> int:
+        """On a device that computes this share of the layers."""
+        return self.activations + ceil(self.cache * share)
+
+
 class Budget:
     """What the parts of one handle may take together, weights and work; None: what ComfyUI can give.
 
-    vram: bytes on the compute device. ram: bytes of evicted weights in host memory; for a device that is the host,
-    both are one, and the smaller counts.
+    vram: bytes on each device that computes; by_device: on some of them (the smaller counts). ram: bytes of evicted
+    weights in host memory; for a device that is the host, both are one, and the smaller counts.
     """
 
-    def __init__(self, vram: int | None = None, ram: int | None = None) -> None:
+    def __init__(
+        self,
+        vram: int | None = None,
+        ram: int | None = None,
+        by_device: Mapping[torch.device, int] | None = None,
+    ) -> None:
         self.vram = vram
         self.ram = ram
+        self.by_device = dict(by_device or {})
         # Weakly: weights must die with their handle at once, not at the next garbage collection.
         self._parts: list[weakref.ref[PartPatcher]] = []
 
@@ -45,39 +73,45 @@ class Budget:
 
     def device_bytes(self, device: torch.device) -> int | None:
         """The limit on a device."""
-        limits = [self.vram, self.ram if mm.is_device_cpu(device) else None]
+        limits = [self.vram, self.by_device.get(device), self.ram if mm.is_device_cpu(device) else None]
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def make_room(self, wanted: "Sequence[PartPatcher]", work: int) -> None:
-        """Takes the handle's other parts off the device as far as these and their work need the room.
+    def make_room(self, wanted: "Sequence[PartPatcher]", work: Work) -> None:
+        """Takes the handle's other parts off the devices as far as these and their work need the room.
 
         Raises OutOfBudgetError if they alone need more.
         """
-        limit = self.device_bytes(wanted[0].load_device)
+        for part in wanted:
+            part.room = {}
+        for device in dict.fromkeys(device for part in wanted for device in part.placed.devices):
+            self._make_room_on(device, [part for part in wanted if device in part.placed.devices], work)
+
+    def _make_room_on(self, device: torch.device, wanted: "Sequence[PartPatcher]", work: Work) -> None:
+        limit = self.device_bytes(device)
         if limit is None:
-            for part in wanted:
-                part.room = None
             return
-        weights = sum(part.least_bytes for part in wanted)
+        weights = sum(part.least_on(device) for part in wanted)
+        work_bytes = work.on(max(part.share_of(device) for part in wanted))
         others = [part for part in self.parts if part not in wanted]
-        over = weights + work + sum(part.loaded_size() for part in others) - limit
+        over = weights + work_bytes + sum(part.held_on(device) for part in others) - limit
         for part in others:
-            if over > 0 and part.loaded_size():
-                before = part.loaded_size()
+            if over > 0 and part.held_on(device):
+                before = part.held_on(device)
                 # On the CPU what is kept frees nothing.
-                part.drop() if mm.is_device_cpu(part.load_device) else part.partially_unload(_HOST, over)
-                over -= before - part.loaded_size()
-        if over + sum(part.kept_bytes() for part in wanted) > 0:
+                part.drop() if mm.is_device_cpu(device) else part.make_off(device, over)
+                over -= before - part.held_on(device)
+        if over + sum(part.kept_on(device) for part in wanted) > 0:
             for part in wanted:
                 part.give_up_kept()
         for part in wanted:  # what may stream takes what is left
-            part.room = max(0, -over)
+            part.room[device] = max(0, -over)
         if over > 0:
             names = " and the ".join(part.placed.name for part in wanted)
+            where = "" if len(wanted[0].placed.devices) == 1 else f" on {device}"
             raise OutOfBudgetError(
-                f"The {names} takes {weights / GIB:.2f} GiB and its work {work / GIB:.2f} GiB; the loader's budget "
-                f"allows {limit / GIB:.2f} GiB. Raise vram_budget or ram_budget (0: all there is), choose a smaller "
-                "format in the loader, or ask for a smaller picture."
+                f"The {names} takes {weights / GIB:.2f} GiB{where} and its work {work_bytes / GIB:.2f} GiB; the "
+                f"loader's budget allows {limit / GIB:.2f} GiB. Raise vram_budget, ram_budget or the memory in "
+                "gpu_split (0: all there is), choose a smaller format in the loader, or ask for a smaller picture."
             )
 
     def host_has_room(self, nbytes: int) -> bool:
@@ -110,25 +144,29 @@ class PartPatcher(ModelPatcher):
         self.prefixes = prefixes
         self.budget = budget or Budget()
         self.progress: Progress = no_progress
-        self.room: int | None = None  # bytes beyond `least_bytes` that the loader's budget allows
-
-    @property
-    def least_bytes(self) -> int:
-        """Bytes that must be on the device for the part to run: not those of experts that may stream."""
-        ring = 0 if self.placed.streams is None else self.placed.streams.full_nbytes
-        return self.placed.required_bytes + ring
+        self.shares: Mapping[torch.device, float] = {load_device: 1.0}
+        self.room: dict[torch.device, int] = {}  # bytes beyond `least_on` that the loader's budget allows; absent: any
+        self.work = Work(0)  # that the parts are being loaded for
 
     @classmethod
     def of(
-        cls, placed: PlacedModule, prefixes: PrefixStore | None = None, budget: Budget | None = None
+        cls,
+        placed: PlacedModule,
+        prefixes: PrefixStore | None = None,
+        budget: Budget | None = None,
+        split: LayerSplit | None = None,
     ) -> "PartPatcher":
         """The patcher of a part that computes on its own device.
 
-        prefixes: kept prompts that count as part of it. budget: shared with the handle's other parts.
+        prefixes: kept prompts that count as part of it. budget: shared with the handle's other parts. split: where its
+        layers are, if on several devices: this patcher looks after all of them, as the memory manager knows its home
+        alone.
         """
-        part = cls(
-            placed.module, placed.device, _HOST, placed.total_bytes, placed=placed, prefixes=prefixes, budget=budget
-        )
+        home = placed.total_on(placed.device)
+        part = cls(placed.module, placed.device, _HOST, home, placed=placed, prefixes=prefixes, budget=budget)
+        if split is not None:
+            layers = sum(count for _device, count in split.runs)
+            part.shares = {device: count / layers for device, count in split.runs}
         part.budget.add(part)
         return part
 
@@ -138,26 +176,40 @@ class PartPatcher(ModelPatcher):
         copy.prefixes = self.prefixes
         copy.budget = self.budget
         copy.progress = self.progress
+        copy.shares = self.shares
         return copy
+
+    def share_of(self, device: torch.device) -> float:
+        """Of the layers, those that a device computes."""
+        return self.shares.get(device, 0.0)
+
+    def least_on(self, device: torch.device) -> int:
+        """Bytes that must be on a device for the part to run: not those of experts that may stream."""
+        return self.placed.required_on(device) + self.placed.full_ring_on(device)
+
+    def held_on(self, device: torch.device) -> int:
+        """Bytes on a device: weights, kept prompts, and the ring of what streams."""
+        return self.placed.loaded_on(device) + self.kept_on(device) + self.placed.ring_on(device)
+
+    def kept_on(self, device: torch.device) -> int:
+        """Bytes of kept prompts on a device: each layer's are on its own."""
+        return 0 if self.prefixes is None else round(self.prefixes.nbytes * self.share_of(device))
 
     def is_dynamic(self) -> bool:
         """No: this part manages its own weights (newer ComfyUI asks)."""
         return False
 
     def model_size(self) -> int:
-        """Bytes that it wants on the device. Once it is ready, what streams wants no more than it has."""
+        """Bytes that it wants on its home device. Once it is ready, what streams wants no more than it has."""
         if self.placed is None:
             return self.size
         if self.placed.streams is not None and self.placed.is_ready:
             return self.loaded_size()
-        return self.placed.total_bytes + self.kept_bytes()
+        return self.placed.total_on(self.load_device) + self.kept_on(self.load_device)
 
     def loaded_size(self) -> int:
-        """Bytes on the device: weights, kept prompts, and the ring of what streams."""
-        if self.placed is None:
-            return 0
-        ring = 0 if self.placed.streams is None else self.placed.streams.nbytes
-        return self.placed.loaded_bytes + self.kept_bytes() + ring
+        """Bytes on its home device; see `held_on`."""
+        return 0 if self.placed is None else self.held_on(self.load_device)
 
     def current_loaded_device(self) -> torch.device:
         return self.load_device if self.loaded_size() else self.offload_device
@@ -169,16 +221,18 @@ class PartPatcher(ModelPatcher):
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
         """Loads what is missing; returns the bytes that came to the device. `extra_memory`: bytes that may be used."""
-        missing = self.model_size() - self.loaded_size()
-        if missing == 0 and self.placed.streams is None:
+        if self.placed.is_ready and self.placed.streams is None:
             return 0
         before = self.loaded_size()
         try:
-            if self.placed.streams is None:
-                self._require_room(missing, extra_memory)
-                room = None
-            else:
-                room = self._settle_streams(extra_memory)
+            room = {}
+            for device in self.placed.devices:
+                extra = extra_memory if device == self.load_device else self._free_elsewhere(device)
+                if self.placed.streams is None:
+                    missing = self.placed.total_on(device) - self.placed.loaded_on(device)
+                    self._require_room(device, missing, extra)
+                else:
+                    room[device] = self._settle_streams(device, extra)
             self.placed.load(
                 room=room,
                 host_has_room=self.budget.host_has_room,
@@ -198,11 +252,17 @@ class PartPatcher(ModelPatcher):
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
     ) -> int:
         """Gives up kept prompts, then whole layers until `memory_to_free` bytes are free; returns the bytes freed."""
-        freed = self.give_up_kept()
-        if freed < memory_to_free:
-            freed += self.placed.unload(int(memory_to_free) - freed, self.budget.host_has_room)
-        self._tell_model()
+        freed = self.make_off(self.load_device, int(min(memory_to_free, 2**62)))
         _log.info("%s: %.2f GiB evicted, %.2f GiB stay", self.placed.name, freed / GIB, self.loaded_size() / GIB)
+        return freed
+
+    def make_off(self, device: torch.device, nbytes: int) -> int:
+        """Frees so many bytes on a device: kept prompts, then whole layers; returns the bytes freed there."""
+        freed = self.kept_on(device)
+        self.give_up_kept()
+        if freed < nbytes:
+            freed += self.placed.unload(nbytes - freed, self.budget.host_has_room, device)
+        self._tell_model()
         return freed
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
@@ -229,44 +289,66 @@ class PartPatcher(ModelPatcher):
     def add_patches(self, *args: object, **kwargs: object) -> list[str]:
         raise RequestError("LoRA and other weight patches are not supported for Hunyuan Image 3 yet.")
 
-    def _settle_streams(self, extra_memory: float) -> int:
-        """Bytes that experts may still take on the device, when `extra_memory` more may be used; 0 after some had to go
+    def _free_elsewhere(self, device: torch.device) -> float:
+        """Bytes that may be loaded to a device that is not the home, the work there taken off.
+
+        Others have made way already (`clear_elsewhere`); the memory manager does not look after this device for us.
+        """
+        return mm.get_free_memory(device) - self._beside_on(device)
+
+    def clear_elsewhere(self) -> None:
+        """Evicts others from the devices that the memory manager does not know to be this part's."""
+        for device in self.placed.devices:
+            if device != self.load_device:
+                missing = self.placed.total_on(device) + self.placed.full_ring_on(device) - self.held_on(device)
+                if missing > 0:
+                    mm.free_memory(missing + self._beside_on(device), device)
+
+    def _beside_on(self, device: torch.device) -> int:
+        """Bytes that must stay free beside the weights on a device, as the manager keeps them free on the home."""
+        return self.work.on(self.share_of(device)) + int(mm.extra_reserved_memory())
+
+    def _settle_streams(self, device: torch.device, extra_memory: float) -> int:
+        """Bytes that experts may still take on a device, when `extra_memory` more may be used; 0 after some had to go
         to make room.
         """
-        streams, placed = self.placed.streams, self.placed
-        beside = sum(unit.nbytes for unit in placed.units if unit.streams and placed.is_on_device(unit))
-        missing = placed.required_bytes - (placed.loaded_bytes - beside)
-        room = int(min(extra_memory, 2**62)) - (streams.full_nbytes - streams.nbytes) - missing
-        if self.room is not None:
-            room = min(room, self.room - beside)
+        placed = self.placed
+        beside = sum(unit.nbytes for unit in self._streamed_on(device))
+        missing = placed.required_on(device) - (placed.loaded_on(device) - beside)
+        room = int(min(extra_memory, 2**62)) - (placed.full_ring_on(device) - placed.ring_on(device)) - missing
+        if device in self.room:
+            room = min(room, self.room[device] - beside)
         if room < 0:
-            room += self.give_up_kept()
+            room += self.kept_on(device)
+            self.give_up_kept()
         if room < 0:
-            room += placed.shrink(-room, self.budget.host_has_room)
+            room += placed.shrink(-room, self.budget.host_has_room, device)
         if room < 0:
-            self._require_room(missing - room, missing)
+            self._require_room(device, missing - room, missing)
         return missing + room
 
-    def _require_room(self, missing: int, room: float) -> None:
+    def _streamed_on(self, device: torch.device) -> list[Unit]:
+        """Units that could stream, but are on the device."""
+        placed = self.placed
+        return [unit for unit in placed.units if unit.streams and unit.device == device and placed.is_on_device(unit)]
+
+    def _require_room(self, device: torch.device, missing: int, room: float) -> None:
         if missing > room:
             raise RequestError(
-                f"The {self.placed.name} needs {missing / GIB:.1f} GiB more on {self.load_device}, ComfyUI can give it "
+                f"The {self.placed.name} needs {missing / GIB:.1f} GiB more on {device}, ComfyUI can give it "
                 f"{max(room, 0) / GIB:.1f} GiB. Close other programs that use the card, or use a larger one."
             )
-
-    def kept_bytes(self) -> int:
-        """Bytes of kept prompts."""
-        return 0 if self.prefixes is None else self.prefixes.nbytes
 
     def give_up_kept(self) -> int:
         """Drops the kept prompts; returns the bytes freed."""
         return 0 if self.prefixes is None else self.prefixes.clear()
 
-    def make_way(self, nbytes: int) -> int:
-        """Frees so many bytes on the device, if it can without ceasing to be ready; returns the bytes freed."""
-        freed = self.give_up_kept()
+    def make_way(self, device: torch.device, nbytes: int) -> int:
+        """Frees so many bytes on a device, if it can without ceasing to be ready; returns the bytes freed there."""
+        freed = self.kept_on(device)
+        self.give_up_kept()
         if freed < nbytes and self.placed.streams is not None:
-            freed += self.placed.shrink(nbytes - freed, self.budget.host_has_room)
+            freed += self.placed.shrink(nbytes - freed, self.budget.host_has_room, device)
             self._tell_model()
         return freed
 
@@ -276,7 +358,7 @@ class PartPatcher(ModelPatcher):
 
 def bring_to_device(
     parts: PartPatcher | Sequence[PartPatcher],
-    memory_required: int,
+    work: Work | int,
     progress: Progress,
     *,
     advice: Sequence[str] = (),
@@ -290,10 +372,13 @@ def bring_to_device(
     where the loader's budget does not allow the work.
     """
     parts = [parts] if isinstance(parts, PartPatcher) else list(parts)
-    parts[0].budget.make_room(parts, memory_required)
+    work = Work(work) if isinstance(work, int) else work
+    parts[0].budget.make_room(parts, work)
+    for part in parts:
+        part.work = work
     with_one_retry(
         f"loading the {' and the '.join(part.placed.name for part in parts)}",
-        lambda _plan: _load(parts, memory_required, progress),
+        lambda _plan: _load(parts, progress),
         None,
         lambda _plan, _error: (None, EVERYTHING_ELSE),
         parts=parts,
@@ -302,16 +387,19 @@ def bring_to_device(
         tell=lambda text: progress(text, 0, 1),
     )
     for part in parts:
-        missing = memory_required - mm.get_free_memory(part.load_device)
-        if missing > 0 and part.make_way(int(missing)):
-            mm.soft_empty_cache()
+        for device in part.placed.devices:
+            missing = work.on(part.share_of(device)) - mm.get_free_memory(device)
+            if missing > 0 and part.make_way(device, int(missing)):
+                mm.soft_empty_cache()
 
 
-def _load(parts: Sequence[PartPatcher], memory_required: int, progress: Progress) -> None:
+def _load(parts: Sequence[PartPatcher], progress: Progress) -> None:
     for part in parts:
         part.progress = progress
+        part.clear_elsewhere()
+    work = max(part.work.on(part.share_of(part.load_device)) for part in parts)
     try:
-        mm.load_models_gpu(parts, memory_required=memory_required)
+        mm.load_models_gpu(parts, memory_required=work)
     except BaseException:
         # The manager takes all of them off its list before it loads the first: those that it did not come to would
         # stay on the card where nobody evicts them.

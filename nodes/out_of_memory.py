@@ -9,7 +9,7 @@ import comfy.model_management as mm
 import torch
 
 from ..hunyuan3.errors import OutOfBudgetError
-from ..hunyuan3.placement.out_of_memory import asked_bytes, is_out_of_host_memory, is_out_of_memory, let_go
+from ..hunyuan3.placement.out_of_memory import asked_bytes, asked_device, is_out_of_host_memory, is_out_of_memory, let_go
 
 if TYPE_CHECKING:
     from .io_types import ModelHandle
@@ -56,7 +56,7 @@ def with_one_retry(
             if not is_out_of_memory(error):
                 raise
             host = is_out_of_host_memory(error)
-            shortage = _shortage(asked_bytes(error), expected(plan), _HOST if host else parts[0].load_device)
+            shortage = _shortage(asked_bytes(error), expected(plan), _HOST if host else _where(error, parts))
             if not again:
                 plan, how = smaller(plan, error)
             let_go(error)
@@ -100,11 +100,18 @@ def _make_room(parts: "Sequence[PartPatcher]", host: bool) -> None:
         for model in mm.loaded_models():
             if hasattr(model, "drop") and model not in parts:
                 model.drop()
-    for device in {part.load_device for part in parts}:
+    for device in {device for part in parts for device in part.placed.devices}:
         if not host or mm.is_device_cpu(device):
             keep = [loaded for loaded in mm.current_loaded_models if loaded.model in parts]
             mm.free_memory(1e30, device, keep_loaded=keep)
     mm.soft_empty_cache()
+
+
+def _where(error: Exception, parts: "Sequence[PartPatcher]") -> torch.device:
+    """The device whose memory ran out, as far as the error tells; else the home of the parts."""
+    index = asked_device(error)
+    found = [device for part in parts for device in part.placed.devices if device.index == index is not None]
+    return found[0] if found else parts[0].load_device
 
 
 def _shortage(asked: int | None, expected: int, device: torch.device) -> str:

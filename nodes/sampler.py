@@ -12,7 +12,7 @@ from ..hunyuan3.placement.estimate import activation_bytes, cache_bytes
 from ..hunyuan3.run import SamplingRun
 from .compat import io, require_choice, schema
 from .io_types import HunyuanConditioning, HunyuanModel, HunyuanStepCache, ModelHandle
-from .memory import bring_to_device
+from .memory import Work, bring_to_device
 from .out_of_memory import EVERYTHING_ELSE, smaller_weights, with_one_retry
 from .png import note_in_png
 from .preview import PREVIEW_MODES, StepPreviewer, previewer_for
@@ -206,12 +206,12 @@ def draw(
             progress.step("draw", step.step + 1, step.steps, picture)
         return run
 
-    def work(one_branch_at_a_time: bool) -> int:
+    def work(one_branch_at_a_time: bool) -> Work:
         """Keys and values of every row, activations of those that are computed together."""
         rows, config, dtype = asked.conditioning.rows, model.model.folder.config, model.model.options.dtype
         num_rows, length = batch_size * len(rows.branches), len(rows.sequence)
         together = batch_size if one_branch_at_a_time else num_rows
-        return cache_bytes(config, num_rows, length, dtype) + activation_bytes(config, together, length, dtype)
+        return Work(activation_bytes(config, together, length, dtype), cache_bytes(config, num_rows, length, dtype))
 
     def smaller(one_branch_at_a_time: bool, _error: Exception) -> tuple[bool, str]:
         if one_branch_at_a_time or not _can_take_turns(asked):
@@ -235,7 +235,7 @@ def draw(
         asked.settings.one_branch_at_a_time,
         smaller,
         parts=[model.transformer],
-        expected=work,
+        expected=lambda one_branch_at_a_time: work(one_branch_at_a_time).total,
         advice=advice,
         tell=progress.text,
     )

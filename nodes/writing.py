@@ -10,12 +10,12 @@ from ..hunyuan3.generate.noise import reference_generators
 from ..hunyuan3.generate.sampling import SamplingOptions
 from ..hunyuan3.generate.stages import StagePlan
 from ..hunyuan3.pictures import PosteriorMode
-from ..hunyuan3.placement.estimate import sampling_bytes
+from ..hunyuan3.placement.estimate import activation_bytes, cache_bytes
 from ..hunyuan3.text.system_prompts import CHOICES
 from ..hunyuan3.writing import TextRequest, WritingRun, text_rows
 from .compat import io, require_choice
 from .io_types import Conversation, HunyuanConversation, HunyuanImages, ModelHandle, PictureSet
-from .memory import bring_to_device
+from .memory import Work, bring_to_device
 from .out_of_memory import EVERYTHING_ELSE, smaller_weights, with_one_retry
 from .progress import NodeProgress, check_cancelled
 
@@ -135,7 +135,8 @@ def write(
     device = core.options.device
     longest = max_new_tokens or core.folder.generation.max_new_tokens
     length = len(text_rows(core.folder, request, plan).sequence) + longest
-    work = sampling_bytes(core.folder.config, 1, length, core.options.dtype)
+    config, dtype = core.folder.config, core.options.dtype
+    work = Work(activation_bytes(config, 1, length, dtype), cache_bytes(config, 1, length, dtype))
 
     def attempt(_plan: None) -> WritingRun:
         run = WritingRun(
@@ -172,7 +173,7 @@ def write(
         None,
         lambda _plan, _error: (None, f"from the first word, {EVERYTHING_ELSE}"),
         parts=[model.transformer],
-        expected=lambda _plan: work,
+        expected=lambda _plan: work.total,
         advice=lambda _plan: [
             f"set a smaller max_new_tokens (it was {longest})",
             *(["use fewer input pictures"] if request.pictures else []),

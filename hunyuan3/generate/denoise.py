@@ -83,10 +83,10 @@ def denoise(
     if model.drops_tokens and one_branch_at_a_time and len(branches) > 1:
         raise RequestError("Capacity dropping needs both guidance branches in one pass; turn one of the two off.")
 
-    limit_queue = QueueLimit(model.device)
+    limit_queue = QueueLimit()
 
     def between_layers(layer: int, x: torch.Tensor) -> None:
-        limit_queue()
+        limit_queue(x.device)
         check_cancelled()
         if on_layer is not None:
             on_layer(layer, x)

@@ -12,16 +12,15 @@ class QueueLimit:
     does nothing: a CPU has no queue, other devices have no events to wait for.
     """
 
-    def __init__(self, device: torch.device, layers: int = 2) -> None:
-        self.device = device
+    def __init__(self, layers: int = 2) -> None:
         self.layers = layers
         self._events: deque[torch.cuda.Event] = deque()
 
-    def __call__(self) -> None:
-        if self.device.type != "cuda":
+    def __call__(self, device: torch.device) -> None:
+        """`device`: the one that computed the layer before."""
+        if device.type != "cuda":
             return
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+        event = torch.cuda.current_stream(device).record_event()
         self._events.append(event)
         if len(self._events) > self.layers:
             self._events.popleft().synchronize()

@@ -13,6 +13,7 @@ _HOST_TEXTS = (
 )
 _MPS_TEXT = "MPS backend out of memory"
 _ASKED = re.compile(r"(?:tried to allocate|requested *:) *([\d.]+) *(bytes|[KMGT]i?B)", re.IGNORECASE)
+_CARD = re.compile(r"GPU (\d+) has a total capacity")
 _UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}  # of 1024 each, also where it is written "GB"
 
 
@@ -34,6 +35,12 @@ def asked_bytes(error: BaseException) -> int | None:
     """How many bytes were asked for when memory ran out, None if the error does not say."""
     found = _ASKED.search(str(error))
     return None if found is None else int(float(found[1]) * _UNITS[found[2][0].lower()])
+
+
+def asked_device(error: BaseException) -> int | None:
+    """The number of the card whose memory ran out, None if the error does not say."""
+    found = _CARD.search(str(error))
+    return None if found is None else int(found[1])
 
 
 def raised_in(error: BaseException, module: ModuleType) -> bool:

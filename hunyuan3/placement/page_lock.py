@@ -13,6 +13,8 @@ import torch
 
 _log = logging.getLogger(__name__)
 
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every card, not for the current one alone
+
 Register = Callable[[int, int], int]  # (address, bytes) -> CUDA's error code, 0 for none
 Unregister = Callable[[int], int]
 
@@ -30,17 +32,22 @@ class PageLock:
         weakref.finalize(self, _unlock_all, self._held, unregister)
 
     @classmethod
-    def for_device(cls, device: torch.device, limit: int | None) -> "PageLock | None":
-        """For a CUDA card (ROCm included); None for other devices, which do not need it."""
-        if device.type != "cuda":
+    def for_devices(cls, devices: Iterable[torch.device], limit: int | None) -> "PageLock | None":
+        """For CUDA cards (ROCm included); None if none of them is one: others do not need it."""
+        cards = [device for device in devices if device.type == "cuda"]
+        if not cards:
             return None
         runtime = torch.cuda.cudart()
 
         def unregister(address: int) -> int:
-            torch.cuda.synchronize(device)  # nothing may still be copied from or to it
+            for card in cards:
+                torch.cuda.synchronize(card)  # nothing may still be copied from or to it
             return int(runtime.cudaHostUnregister(address))
 
-        return cls(limit, lambda address, nbytes: int(runtime.cudaHostRegister(address, nbytes, 0)), unregister)
+        def register(address: int, nbytes: int) -> int:
+            return int(runtime.cudaHostRegister(address, nbytes, _PORTABLE))
+
+        return cls(limit, register, unregister)
 
     @property
     def nbytes(self) -> int:

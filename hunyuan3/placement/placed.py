@@ -25,19 +25,17 @@ HostHasRoom = Callable[[int], bool]
 class Streams(Protocol):
     """What brings units that stream to the compute device while the module runs (see placement.streaming)."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it holds on the device."""
+    def nbytes_on(self, device: torch.device) -> int:
+        """Bytes that it holds on a device."""
 
-    @property
-    def full_nbytes(self) -> int:
+    def full_nbytes_on(self, device: torch.device) -> int:
         """Bytes that it holds there while the module runs."""
 
     def moved(self, unit: str, on_device: bool) -> None:
-        """A unit came to the device or left it."""
+        """A unit came to its device or left it."""
 
-    def release(self) -> int:
-        """Gives its bytes up until it is next needed; returns them."""
+    def release(self, device: torch.device) -> int:
+        """Gives its bytes on a device up until it is next needed; returns them."""
 
     def held_by(self, parameter: str) -> str:
         """Name of the parameter whose weights this one holds: they may have changed places."""
@@ -49,18 +47,22 @@ _NOWHERE = torch.device("meta")
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that are moved together. streams: may be used from host memory (see placement.streaming)."""
+    """Parameters that are moved together. device: where they are computed with. streams: may be used from host memory
+    (see placement.streaming).
+    """
 
     name: str
     parameters: tuple[str, ...]
     nbytes: int
+    device: torch.device
     streams: bool = False
 
 
 class PlacedModule:
     """Where a network's weights are.
 
-    `module` is ready to run whenever every unit is on the compute device or, if it streams, in host memory.
+    `module` is ready to run whenever every unit is on its device or, if it streams, in host memory. `device` is the
+    home of the network, where it takes its input and gives its output; units may have others.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class PlacedModule:
         lock: PageLock | None = None,
     ) -> None:
         """Args:
-        streams: told of every unit that comes to the device or leaves it; a unit is nowhere at first.
+        streams: told of every unit that comes to its device or leaves it; a unit is nowhere at first.
         lock: locks the pages of what streams from host memory.
         """
         self.name = name
@@ -82,6 +84,7 @@ class PlacedModule:
         # What streams comes last, and is the first to go.
         self.units = tuple(sorted(units, key=lambda unit: unit.streams))
         self.device = device
+        self.devices = tuple(dict.fromkeys((device, *(unit.device for unit in self.units))))
         self._read = read
         self.streams = streams
         self._lock = lock
@@ -94,35 +97,52 @@ class PlacedModule:
 
     @property
     def required_bytes(self) -> int:
-        """Bytes of the weights that must be on the compute device: all but those that may stream."""
-        return sum(unit.nbytes for unit in self.units if not unit.streams)
+        """Bytes of the weights that must be on their devices: all but those that may stream."""
+        return sum(self.required_on(device) for device in self.devices)
 
     @property
     def loaded_bytes(self) -> int:
-        """Bytes of the weights that are on the compute device and in use."""
-        return sum(unit.nbytes for unit in self.units if self._where[unit.name] == self.device)
+        """Bytes of the weights that are on their devices and in use."""
+        return sum(self.loaded_on(device) for device in self.devices)
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the weights that are in host memory, off the compute device."""
-        return sum(unit.nbytes for unit in self.units if self._where[unit.name] == _HOST != self.device)
+        """Bytes of the weights that are in host memory, off their devices."""
+        return sum(unit.nbytes for unit in self.units if self._where[unit.name] == _HOST != unit.device)
+
+    def total_on(self, device: torch.device) -> int:
+        """Bytes of the weights that are computed with on a device."""
+        return sum(unit.nbytes for unit in self.units if unit.device == device)
+
+    def required_on(self, device: torch.device) -> int:
+        """Bytes of those of them that must be there."""
+        return sum(unit.nbytes for unit in self.units if unit.device == device and not unit.streams)
+
+    def loaded_on(self, device: torch.device) -> int:
+        """Bytes of those of them that are there."""
+        return sum(unit.nbytes for unit in self.units if unit.device == device and self.is_on_device(unit))
+
+    def ring_on(self, device: torch.device) -> int:
+        """Bytes that what brings streamed weights holds on a device now."""
+        return 0 if self.streams is None else self.streams.nbytes_on(device)
+
+    def full_ring_on(self, device: torch.device) -> int:
+        """Bytes that it holds there while the module runs."""
+        return 0 if self.streams is None else self.streams.full_nbytes_on(device)
 
     def is_on_device(self, unit: Unit) -> bool:
-        """Whether a unit is on the compute device."""
-        return self._where[unit.name] == self.device
+        """Whether a unit is on its device."""
+        return self._where[unit.name] == unit.device
 
     @property
     def is_ready(self) -> bool:
         """Whether the module can run."""
-        return all(
-            self._where[unit.name] == self.device or (unit.streams and self._where[unit.name] == _HOST)
-            for unit in self.units
-        )
+        return all(self.is_on_device(unit) or (unit.streams and self._where[unit.name] == _HOST) for unit in self.units)
 
     def load(
         self,
         *,
-        room: int | None = None,
+        room: int | Mapping[torch.device, int] | None = None,
         host_has_room: HostHasRoom | None = None,
         progress: Progress = no_progress,
         check_cancelled: CheckCancelled = never_cancelled,
@@ -130,22 +150,25 @@ class PlacedModule:
         """Brings every unit to where it is used from, and returns the module.
 
         Args:
-            room: bytes that may be loaded to the compute device beside what is there; None for as many as it takes.
-                Units that stream stay in host memory where it is used up.
+            room: bytes that may be loaded to a device beside what is there, the same for each or by device; None, or
+                a device left out, for as many as it takes. Units that stream stay in host memory where it is used up.
             host_has_room: asked before such a unit is put there; None: it always has.
 
         If it is stopped or fails, complete units stay where they are and the next call goes on from there. Raises
         OutOfBudgetError if a unit finds no place.
         """
-        if self.is_ready and (room is None or self._gap(room) is None):
+        left: dict[torch.device, float] = dict.fromkeys(self.devices, float("inf"))
+        if room is not None:
+            left |= room if isinstance(room, Mapping) else dict.fromkeys(self.devices, room)
+        if self.is_ready and self._gap(left) is None:
             return self.module
-        left, done = float("inf") if room is None else room, 0
+        done = 0
         for unit in self.units:
             check_cancelled()
-            if self._where[unit.name] != self.device:
-                if not unit.streams or unit.nbytes <= left:
-                    self._bring(unit, self.device, check_cancelled)
-                    left -= unit.nbytes
+            if not self.is_on_device(unit):
+                if not unit.streams or unit.nbytes <= left[unit.device]:
+                    self._bring(unit, unit.device, check_cancelled)
+                    left[unit.device] -= unit.nbytes
                 elif self._where[unit.name] != _HOST:
                     if host_has_room is not None and not host_has_room(unit.nbytes):
                         raise self._no_place(unit)
@@ -154,40 +177,51 @@ class PlacedModule:
             progress(f"load {self.name}", done, self.total_bytes)
         return self.module
 
-    def unload(self, nbytes: int | None = None, host_has_room: HostHasRoom | None = None) -> int:
-        """Takes units off the compute device, the last ones first, until `nbytes` are freed (None: all).
+    def unload(
+        self,
+        nbytes: int | None = None,
+        host_has_room: HostHasRoom | None = None,
+        device: torch.device | None = None,
+    ) -> int:
+        """Takes units off a device (None: off all), the last ones first, until `nbytes` are freed there (None: all).
 
         A unit goes to host memory if `host_has_room` says so, else its weights are dropped. Returns the bytes freed,
         those of what brings streamed units among them: it goes when all of these are off the device.
         On a CPU the two places are the same, and what is kept frees nothing.
         """
+        devices = self.devices if device is None else (device,)
+        return sum(self._unload_from(device, nbytes, host_has_room) for device in devices)
+
+    def _unload_from(self, device: torch.device, nbytes: int | None, host_has_room: HostHasRoom | None) -> int:
         freed = 0
-        for unit in reversed(self.units):
+        for unit in (unit for unit in reversed(self.units) if unit.device == device):
             if nbytes is not None and freed >= nbytes:
                 break
             if self.streams is not None and not unit.streams:
-                freed += self.streams.release()
+                freed += self.streams.release(device)
                 if nbytes is not None and freed >= nbytes:
                     break
-            if self._where[unit.name] != self.device:
+            if not self.is_on_device(unit):
                 continue
             keep = host_has_room is not None and host_has_room(unit.nbytes)
-            if keep and self.device == _HOST:
+            if keep and device == _HOST:
                 continue
             self._move(unit, _HOST if keep else _NOWHERE)
             freed += unit.nbytes
         return freed
 
-    def shrink(self, nbytes: int, host_has_room: HostHasRoom | None = None) -> int:
-        """Moves units that stream from the device to host memory until `nbytes` are freed or none is left there.
+    def shrink(self, nbytes: int, host_has_room: HostHasRoom | None = None, device: torch.device | None = None) -> int:
+        """Moves units that stream from a device (None: from the home) to host memory until `nbytes` are freed or none
+        is left there.
 
         The module stays ready. Returns the bytes freed.
         """
-        freed = 0
+        device, freed = device or self.device, 0
         for unit in reversed(self.units):
             if freed >= nbytes or not unit.streams:
                 break
-            if self._where[unit.name] == self.device and (host_has_room is None or host_has_room(unit.nbytes)):
+            leaves = unit.device == device and self.is_on_device(unit)
+            if leaves and (host_has_room is None or host_has_room(unit.nbytes)):
                 self._move(unit, _HOST)
                 freed += unit.nbytes
         return freed
@@ -195,19 +229,21 @@ class PlacedModule:
     def drop(self) -> None:
         """Gives all weights up, wherever they are; they are read again when next loaded."""
         if self.streams is not None:
-            self.streams.release()
+            for device in self.devices:
+                self.streams.release(device)
         for unit in self.units:
             if self._where[unit.name] != _NOWHERE:
                 self._move(unit, _NOWHERE)
 
-    def _gap(self, room: int) -> Unit | None:
-        """The first unit that streams although it would fit on the device."""
-        return next((unit for unit in self.units if self._where[unit.name] == _HOST and unit.nbytes <= room), None)
+    def _gap(self, room: Mapping[torch.device, float]) -> Unit | None:
+        """The first unit that streams although it would fit on its device."""
+        waiting = (unit for unit in self.units if self._where[unit.name] == _HOST != unit.device)
+        return next((unit for unit in waiting if unit.nbytes <= room[unit.device]), None)
 
     def _no_place(self, unit: Unit) -> OutOfBudgetError:
         missing = sum(other.nbytes for other in self.units if self._where[other.name] == _NOWHERE)
         return OutOfBudgetError(
-            f"The {self.name} does not fit: {missing / 2**30:.2f} GiB of it find room neither on {self.device} nor in "
+            f"The {self.name} does not fit: {missing / 2**30:.2f} GiB of it find room neither on {unit.device} nor in "
             "host memory. Choose a smaller format in the loader, raise ram_budget, or close other programs."
         )
 
@@ -228,7 +264,7 @@ class PlacedModule:
     def _settle(self, unit: Unit, device: torch.device) -> None:
         self._where[unit.name] = device
         if self.streams is not None:
-            self.streams.moved(unit.name, device == self.device)  # no copy is under way after this
+            self.streams.moved(unit.name, device == unit.device)  # no copy is under way after this
         if self._lock is not None and unit.streams:
             self._lock.unlock(unit.name)
             if device == _HOST:
@@ -238,16 +274,18 @@ class PlacedModule:
 def units_by_prefix(
     parameter_bytes: Mapping[str, int],
     unit_of: Callable[[str], str],
+    device_of: Callable[[str], torch.device],
     streams: Callable[[str], bool] = lambda _name: False,
 ) -> list[Unit]:
     """Groups parameters into units by `unit_of(parameter name)`, units in order of first appearance.
 
+    device_of: where a parameter is computed with; the same for all of a unit.
     streams: whether a unit of that name may be used from host memory.
     """
     groups: dict[str, list[str]] = {}
     for name in parameter_bytes:
         groups.setdefault(unit_of(name), []).append(name)
     return [
-        Unit(unit, tuple(names), sum(parameter_bytes[n] for n in names), streams(unit))
+        Unit(unit, tuple(names), sum(parameter_bytes[n] for n in names), device_of(names[0]), streams(unit))
         for unit, names in groups.items()
     ]

@@ -12,9 +12,11 @@ of their own (moe.dispatch), so no number depends on when an expert arrives.
 
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ..moe.dispatch import Dispatch
@@ -22,7 +24,8 @@ from ..moe.weights import ExpertWeights
 from .expert_cache import CacheStatistics, UseCounts
 from .ring import ExpertRing
 
-EXPERT_UNIT = "experts "  # and its number: the unit (placement.placed) of that expert in all layers
+EXPERT_UNIT = "experts "  # how the names of these units (placement.placed) begin; see `expert_unit`
+_EXPERT_UNIT = re.compile(rf"{EXPERT_UNIT}(\d+) on (.+)")
 _EXPERT_PARAMETER = re.compile(r"(layers\.)(\d+)(\.mlp\.experts\.)(\d+)(\..+)")
 
 
@@ -86,17 +89,32 @@ class ExpertStreaming:
     """The streamed experts of all layers, the ring that brings them, and which of them words keep on the device."""
 
     def __init__(
-        self, banks: Sequence[StreamedBank], ring: ExpertRing, slot_nbytes: int, *, cache: bool = True
+        self,
+        banks: Sequence[StreamedBank],
+        rings: Mapping[torch.device, ExpertRing],
+        slot_nbytes: int,
+        *,
+        devices: Sequence[torch.device] | None = None,
+        cache: bool = True,
     ) -> None:
-        """cache: whether experts that words use often take the places of others on the device."""
-        self.ring = ring
+        """Args:
+        banks: of the layers.
+        rings: of the devices that compute them.
+        slot_nbytes: of each slot.
+        devices: of each layer; None where there is but one ring.
+        cache: whether experts that words use often take the places of others on the device.
+        """
+        if devices is None:
+            (only,) = rings
+            devices = [only] * len(banks)
+        self.rings = dict(rings)
+        self.devices = tuple(devices)
         self.cache = cache
         self._slot_nbytes = slot_nbytes
         # Weakly, as they know this: weights must die with their model at once.
         self._banks = tuple(weakref.ref(bank) for bank in banks)
         self.counts = [UseCounts(len(bank)) for bank in banks]  # by layer
-        self._starts: list[int] | None = None
-        self._sources: list[nn.Module] = []
+        self._cycles: dict[torch.device, _Cycle] = {}  # of the devices whose experts have not moved since
         self._guessed: set[int] = set()  # ranks of the layer that is to come
         self.copied = 0  # experts that were copied and used so far
         self.reset_statistics()
@@ -104,14 +122,18 @@ class ExpertStreaming:
             bank.layer, bank.streaming = layer, self
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the ring."""
-        return self.ring.nbytes
+    def ring(self) -> ExpertRing:
+        """The ring, where there is but one."""
+        (ring,) = self.rings.values()
+        return ring
 
-    @property
-    def full_nbytes(self) -> int:
-        """Bytes of the ring while it is used."""
-        return self.ring.count * self._slot_nbytes
+    def nbytes_on(self, device: torch.device) -> int:
+        """Bytes of a device's ring."""
+        return self.rings[device].nbytes
+
+    def full_nbytes_on(self, device: torch.device) -> int:
+        """Bytes of a device's ring while it is used."""
+        return self.rings[device].count * self._slot_nbytes
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -122,18 +144,20 @@ class ExpertStreaming:
         """Counts from 0 again; what the policy knows of past uses stays."""
         self._statistics = CacheStatistics(expert_bytes=self._slot_nbytes)
 
-    def release(self) -> int:
-        """Frees the ring until it is next needed; returns its bytes."""
-        return self.ring.release()
+    def release(self, device: torch.device) -> int:
+        """Frees a device's ring until it is next needed; returns its bytes."""
+        return self.rings[device].release()
 
     def moved(self, unit: str, on_device: bool) -> None:
-        """An expert of every layer came to the device, or left it; other units do not matter here."""
-        if not unit.startswith(EXPERT_UNIT):
+        """An expert of every layer of a device came to it, or left it; other units do not matter here."""
+        found = _EXPERT_UNIT.fullmatch(unit)
+        if found is None:
             return
-        for ref in self._banks:
-            ref().resident[int(unit.removeprefix(EXPERT_UNIT))] = on_device
-        self._starts, self._sources = None, []
-        self.ring.reset()
+        device = torch.device(found[2])
+        for bank in self._banks_on(device):
+            bank.resident[int(found[1])] = on_device
+        self._cycles.pop(device, None)
+        self.rings[device].reset()
 
     def held_by(self, parameter: str) -> str:
         """Name of the parameter whose weights this one holds: of the expert that has its rank; else the same."""
@@ -165,30 +189,30 @@ class ExpertStreaming:
         ranks = [rank for rank in (bank.rank_of[expert] for expert in experts) if not bank.resident[rank]]
         self._guessed = set()
         if ranks:
-            begun = self.ring.begin([bank[rank] for rank in ranks])
+            begun = self._ring_of(bank).begin([bank[rank] for rank in ranks])
             self._guessed = {ranks[index] for index in begun}
             self._count(guesses=len(begun))
 
     def begin(self, layer: int, ranks: Sequence[int]) -> None:
         """Begins to copy a word's experts at these ranks, as many as there are slots for."""
         bank = self._banks[layer]()
-        self.ring.begin([bank[rank] for rank in ranks])
+        self._ring_of(bank).begin([bank[rank] for rank in ranks])
 
     def bring(self, layer: int, ranks: Sequence[int], *, few: bool) -> Iterator[tuple[int, nn.Module]]:
         """(rank, bank on the device) of the experts at ranks of a layer that are not on the device."""
         bank = self._banks[layer]()
+        ring = self._ring_of(bank)
         if few:
-            ranks = [ranks[index] for index in self.ring.order([bank[rank] for rank in ranks])]
+            ranks = [ranks[index] for index in ring.order([bank[rank] for rank in ranks])]
             sources = [bank[rank] for rank in ranks]
-            for index, arrived in self.ring.run(sources, 0, len(sources), cyclic=False):
+            for index, arrived in ring.run(sources, 0, len(sources), cyclic=False):
                 self.copied += 1
                 yield ranks[index], arrived
                 self._keep(bank, ranks[index])
             return
-        if self._starts is None:
-            self._plan_cycle()
-        start = self._starts[layer]
-        for position, arrived in self.ring.run(self._sources, start, len(ranks), cyclic=True):
+        cycle = self._cycle_of(self.devices[layer])
+        start = cycle.starts[layer]
+        for position, arrived in ring.run(cycle.sources, start, len(ranks), cyclic=True):
             self.copied += 1
             yield ranks[position - start], arrived
 
@@ -201,7 +225,7 @@ class ExpertStreaming:
         if least is None:
             return
         place = bank.rank_of[least]
-        self.ring.exchange(bank[place], bank[rank])
+        self._ring_of(bank).exchange(bank[place], bank[rank])
         bank.exchanged(place, rank)
         self._count(swaps=1)
 
@@ -209,12 +233,34 @@ class ExpertStreaming:
         now = self._statistics
         self._statistics = replace(now, **{name: getattr(now, name) + count for name, count in more.items()})
 
-    def _plan_cycle(self) -> None:
-        self._starts, self._sources = [], []
-        for ref in self._banks:
-            bank = ref()
-            self._starts.append(len(self._sources))
-            self._sources += [expert for expert, here in zip(bank, bank.resident, strict=True) if not here]
+    def _ring_of(self, bank: StreamedBank) -> ExpertRing:
+        return self.rings[self.devices[bank.layer]]
+
+    def _banks_on(self, device: torch.device) -> Iterator[StreamedBank]:
+        return (ref() for ref, its in zip(self._banks, self.devices, strict=True) if its == device)
+
+    def _cycle_of(self, device: torch.device) -> "_Cycle":
+        """What a device's ring brings in a pass that needs all experts, again and again."""
+        if device not in self._cycles:
+            starts: dict[int, int] = {}
+            sources: list[nn.Module] = []
+            for bank in self._banks_on(device):
+                starts[bank.layer] = len(sources)
+                sources += [expert for expert, here in zip(bank, bank.resident, strict=True) if not here]
+            self._cycles[device] = _Cycle(starts, sources)
+        return self._cycles[device]
+
+
+class _Cycle(NamedTuple):
+    """The streamed experts of a device's layers in order, and where each layer's begin."""
+
+    starts: dict[int, int]
+    sources: list[nn.Module]
+
+
+def expert_unit(rank: int, device: torch.device) -> str:
+    """Name of the unit that holds the experts of a rank in all layers of a device."""
+    return f"{EXPERT_UNIT}{rank} on {device}"
 
 
 def _weights(bank: nn.Module, expert: int) -> ExpertWeights:

@@ -11,22 +11,24 @@ import torch
 
 
 class KVCache:
-    """Fixed-length cache of `rows` sequences: per layer keys and values (rows, kv_heads, length, head_dim)."""
+    """Fixed-length cache of `rows` sequences: per layer keys and values (rows, kv_heads, length, head_dim).
+
+    `devices`: of each layer.
+    """
 
     def __init__(
         self,
         *,
-        layers: int,
+        devices: Sequence[torch.device],
         rows: int,
         kv_heads: int,
         length: int,
         head_dim: int,
         dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         shape = (rows, kv_heads, length, head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for device in devices]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for device in devices]
 
     def write(
         self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor

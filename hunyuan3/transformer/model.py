@@ -22,7 +22,11 @@ OnLayer = Callable[[int, torch.Tensor], None]
 
 
 class Hunyuan3Transformer(nn.Module):
-    """The decoder stack with its embedders and heads. Single device; knows nothing of files, tokenizers or loops."""
+    """The decoder stack with its embedders and heads; knows nothing of files, tokenizers or loops.
+
+    All on one device, or with runs of layers on others (`layer_devices`); everything that is not in a layer is on the
+    first.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,6 +44,7 @@ class Hunyuan3Transformer(nn.Module):
         self.timestep_emb = TimestepEmbedder(size)  # fills <timestep> tokens
         self.guidance_emb = TimestepEmbedder(size) if config.cfg_distilled else None  # fills <guidance>
         self.timestep_r_emb = TimestepEmbedder(size) if config.use_meanflow else None  # fills <timestep_r>
+        self.layer_devices: tuple[torch.device, ...] | None = None  # by layer; None: all where the rest is
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,12 +75,19 @@ class Hunyuan3Transformer(nn.Module):
             rope: (cos, sin), each (T, head_dim), of these positions.
             plan: which keys each of them sees; everything before the plan's start is in the cache already.
             cache: read, and written at these positions.
-            on_layer: sees the stream between layers; may raise to stop (the cache is then of no further use).
+            on_layer: sees the stream between layers, on the device that computed it; may raise to stop (the cache is
+                then of no further use).
         """
+        here = home = self.layer_devices and self.layer_devices[0]
         for index, layer in enumerate(self.layers):
             if on_layer is not None:
                 on_layer(index, x)
+            if home and self.layer_devices[index] != here:
+                here = self.layer_devices[index]
+                x, rope = x.to(here), (rope[0].to(here), rope[1].to(here))
             x = layer(x, rope, plan, cache)
+        if here != home:
+            x = x.to(home)
         if on_layer is not None:
             on_layer(len(self.layers), x)
         return x
@@ -93,13 +105,12 @@ class Hunyuan3Transformer(nn.Module):
         return self.lm_head(self.ln_f(x)).float()
 
     def new_cache(self, rows: int, length: int) -> KVCache:
-        """An empty cache for `rows` sequences of `length` positions, where and as this model computes."""
+        """An empty cache for `rows` sequences of `length` positions, each layer's where and as it computes."""
         return KVCache(
-            layers=self.config.num_layers,
+            devices=self.layer_devices or [self.device] * self.config.num_layers,
             rows=rows,
             kv_heads=self.config.num_kv_heads,
             length=length,
             head_dim=self.config.head_dim,
             dtype=self.dtype,
-            device=self.device,
         )

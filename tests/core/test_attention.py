@@ -180,7 +180,7 @@ def test_queries_and_keys_are_rotated_before_they_are_normalised(models):
 
 
 def test_the_cache_hands_back_everything_up_to_what_was_written_and_overwrites_in_place():
-    cache = KVCache(layers=2, rows=1, kv_heads=1, length=6, head_dim=2, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVCache(devices=[torch.device("cpu")] * 2, rows=1, kv_heads=1, length=6, head_dim=2, dtype=torch.float32)
     first = torch.ones(1, 1, 6, 2)
     keys, values = cache.write(1, 0, first, 2 * first)
     assert (keys.shape[2], values.shape[2]) == (6, 6)

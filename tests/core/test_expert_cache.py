@@ -22,7 +22,7 @@ from hunyuan3.placement import guess
 from hunyuan3.placement.copier import DirectCopier, RingSlot, StreamCopier, ThreadCopier, copy_expert, exchange
 from hunyuan3.placement.expert_cache import CacheStatistics, UseCounts
 from hunyuan3.placement.ring import ExpertRing
-from hunyuan3.placement.streaming import ExpertStreaming, StreamedBank
+from hunyuan3.placement.streaming import ExpertStreaming, StreamedBank, expert_unit
 from hunyuan3.writing import TextRequest, answering
 
 CARD = torch.device("cpu", 0)
@@ -63,7 +63,7 @@ def opened(folder, share=0.0, slots=3, eager=True, **options):
     """
     options = {"device": CARD, "dtype": "float32"} | options
     placed = Hunyuan3.open(folder, streaming=slots, **options).placed_transformer
-    vram = placed.required_bytes + placed.streams.full_nbytes
+    vram = placed.required_bytes + placed.full_ring_on(placed.device)
     vram += int(share * (placed.total_bytes - placed.required_bytes))
     model = Hunyuan3.open(folder, streaming=slots, vram=vram, **options)
     if eager:
@@ -446,9 +446,9 @@ def numbers(experts, resident):
     """A bank of such experts, the first ones on the device."""
     bank = StreamedBank([Number(number) for number in range(experts)])
     ring = ExpertRing(lambda: RingSlot(Number(-1)), 4, DirectCopier())
-    streaming = ExpertStreaming([bank], ring, 4)
+    streaming = ExpertStreaming([bank], {CARD: ring}, 4)
     for rank in range(resident):
-        streaming.moved(f"experts {rank}", True)
+        streaming.moved(expert_unit(rank, CARD), True)
     return bank, streaming
 
 

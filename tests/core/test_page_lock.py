@@ -96,4 +96,4 @@ def test_only_what_streams_from_host_memory_is_locked(streamed):
 
 
 def test_no_lock_where_there_is_no_cuda_card():
-    assert PageLock.for_device(torch.device("cpu"), None) is None
+    assert PageLock.for_devices([torch.device("cpu")], None) is None

@@ -446,7 +446,7 @@ def rows_of(ids, full_spans=(), pictures=()):
 
 def cache_of(length, value=0.0):
     cache = KVCache(
-        layers=2, rows=2, kv_heads=1, length=length, head_dim=2, dtype=torch.float32, device=torch.device("cpu")
+        devices=[torch.device("cpu")] * 2, rows=2, kv_heads=1, length=length, head_dim=2, dtype=torch.float32
     )
     for index, tensor in enumerate((*cache.keys, *cache.values)):
         tensor.copy_(torch.arange(length).view(1, 1, -1, 1) + 1000 * index + value)

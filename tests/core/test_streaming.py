@@ -33,7 +33,7 @@ def opened(folder, share=0.0, slots=3, **options):
     """A model of which this share of the experts is on the card."""
     options = {"device": CARD, "dtype": "float32"} | options
     placed = Hunyuan3.open(folder, streaming=slots, **options).placed_transformer
-    beside = placed.required_bytes + placed.streams.full_nbytes
+    beside = placed.required_bytes + placed.full_ring_on(placed.device)
     vram = beside + int(share * (placed.total_bytes - placed.required_bytes))
     return Hunyuan3.open(folder, streaming=slots, vram=vram, **options)
 
@@ -129,11 +129,11 @@ def test_no_more_is_on_the_card_than_was_allowed(folders, share):
     model.transformer()
     placed = model.placed_transformer
     latents(model)
-    assert placed.loaded_bytes + placed.streams.nbytes <= model.options.vram
-    assert placed.streams.nbytes == placed.streams.full_nbytes
+    assert placed.loaded_bytes + placed.ring_on(placed.device) <= model.options.vram
+    assert placed.ring_on(placed.device) == placed.full_ring_on(placed.device)
     assert placed.loaded_bytes + placed.host_bytes == placed.total_bytes, "nothing is held twice"
     largest = max(unit.nbytes for unit in placed.units if unit.streams)
-    assert model.options.vram - placed.loaded_bytes - placed.streams.nbytes < largest, "and no room is wasted"
+    assert model.options.vram - placed.loaded_bytes - placed.ring_on(placed.device) < largest, "and no room is wasted"
 
 
 def test_where_the_host_has_no_room_it_is_said(folders):
@@ -165,13 +165,13 @@ def test_unloading_gives_up_the_experts_then_the_ring_then_the_layers(folders):
     model = opened(folders["instruct"], 0.5)
     latents(model)
     placed = model.placed_transformer
-    ring, before = placed.streams.nbytes, placed.loaded_bytes
+    ring, before = placed.ring_on(placed.device), placed.loaded_bytes
     streamed = [unit.nbytes for unit in placed.units if unit.streams and placed.is_on_device(unit)]
     assert placed.unload(1, lambda _nbytes: True) == streamed[0]
-    assert placed.streams.nbytes == ring
+    assert placed.ring_on(placed.device) == ring
     freed = placed.unload(sum(streamed[1:]) + 1, lambda _nbytes: True)
     assert freed == sum(streamed[1:]) + ring
-    assert placed.streams.nbytes == 0
+    assert placed.ring_on(placed.device) == 0
     assert placed.is_ready
     assert placed.unload(None) == before - sum(streamed)
     assert not placed.is_ready

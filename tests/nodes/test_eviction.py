@@ -330,7 +330,7 @@ def streamed(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path, mm: types
     """On a card with room for a third of the experts."""
     opened = Opened(comfy_pack, tiny_checkpoint, card, streaming=3)
     part = opened.transformer
-    card.total = least(mm) + part.least_bytes + (part.placed.total_bytes - part.placed.required_bytes) // 3 + 1000
+    card.total = least(mm) + part.least_on(part.load_device) + (part.placed.total_bytes - part.placed.required_bytes) // 3 + 1000
     return opened
 
 
@@ -411,11 +411,12 @@ def test_a_budget_leaves_experts_in_host_memory(
 ):
     """On a card with room for everything, the loader's vram_budget decides."""
     sizes = Opened(comfy_pack, tiny_checkpoint, Card(), streaming=3).transformer
-    limit = sizes.least_bytes + (sizes.placed.total_bytes - sizes.placed.required_bytes) // 2
+    limit = sizes.least_on(sizes.load_device) + (sizes.placed.total_bytes - sizes.placed.required_bytes) // 2
     opened = Opened(comfy_pack, tiny_checkpoint, card, vram=limit, streaming=3)
     opened.bring(opened.transformer)
     assert 0 < on_card(opened) < 8
-    assert opened.transformer.loaded_size() + opened.transformer.placed.streams.full_nbytes <= limit
+    ring = opened.transformer.placed.full_ring_on(opened.transformer.load_device)
+    assert opened.transformer.loaded_size() + ring <= limit
     card.parts = [opened.transformer, opened.vae]
     run = opened.core.sample(opened.core.conditioning("a red fox", width=64, height=64), seed=1, steps=2)
     assert torch.isfinite(run.latents).all()

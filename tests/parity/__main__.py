@@ -1,4 +1,5 @@
-"""`python -m tests.parity FOLDER [--allow-missing] [--dump OUT] [--only GLOB] [--format F] [--streaming SLOTS]`."""
+"""`python -m tests.parity FOLDER [--allow-missing] [--dump OUT] [--only GLOB] [--format F] [--streaming SLOTS]
+[--split]`."""
 
 import argparse
 import fnmatch
@@ -38,10 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SLOTS",
         help="two thirds of the experts by such a ring",
     )
+    parser.add_argument("--split", action="store_true", help="the layers on two devices (stand-ins on the CPU)")
     asked = parser.parse_args(arguments)
     if asked.dump:
         asked.dump.mkdir(parents=True, exist_ok=True)
-    report = run(asked.folder, only=asked.only, dump=asked.dump, weight_format=asked.format, streaming=asked.streaming)
+    report = run(
+        asked.folder,
+        only=asked.only,
+        dump=asked.dump,
+        weight_format=asked.format,
+        streaming=asked.streaming,
+        split=asked.split,
+    )
     if not report.passed and not report.failed:
         print(f"Nothing was compared: is {asked.folder} a folder of recordings?", file=sys.stderr)
     print(report.summary)
@@ -50,13 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @torch.no_grad()
 def run(
-    folder: Path, *, only: str = "*", dump: Path | None = None, weight_format: str = "bf16", streaming: int = 0
+    folder: Path,
+    *,
+    only: str = "*",
+    dump: Path | None = None,
+    weight_format: str = "bf16",
+    streaming: int = 0,
+    split: bool = False,
 ) -> Report:
     """Checks every recording in the folder; in another weight format the scenarios alone.
 
-    `streaming`: slots of a ring through which two thirds of the experts come; 0: all are resident.
+    `streaming`: slots of a ring through which two thirds of the experts come; 0: all are resident. `split`: the layers
+    on two devices.
     """
-    bench = Bench(folder, dumping=dump is not None, weight_format=weight_format, streaming=streaming)
+    bench = Bench(folder, dumping=dump is not None, weight_format=weight_format, streaming=streaming, split=split)
     report = Report(dump)
     for kind, check in CHECKS.items():
         if weight_format != "bf16" and kind == "components":

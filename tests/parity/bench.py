@@ -5,9 +5,13 @@ from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 
+import torch
+
 from hunyuan3.folder import ModelFolder
 from hunyuan3.parts import LoadOptions
 from hunyuan3.pipeline import Hunyuan3
+from hunyuan3.placement.placed import PlacedModule
+from hunyuan3.placement.split import halves
 
 from .recording import MissingFeatureError, Recording
 
@@ -15,10 +19,18 @@ from .recording import MissingFeatureError, Recording
 class Bench:
     """`root` holds `ckpt/`, `scenarios/`, `components/`, `images/` and `router_gaps.json`, or some of them."""
 
-    def __init__(self, root: Path, dumping: bool = False, weight_format: str = "bf16", streaming: int = 0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        dumping: bool = False,
+        weight_format: str = "bf16",
+        streaming: int = 0,
+        split: bool = False,
+    ) -> None:
         self.root = root
         self.weight_format = weight_format
         self.streaming = streaming
+        self.split = split
         self.dumping = dumping  # compute also what this recording lacks, as far as a complete one would hold it
         self.folder = cache(self._folder)
         self.model = cache(self._model)
@@ -70,10 +82,22 @@ class Bench:
 
     def _model(self, name: str, dtype: str = "float32") -> Hunyuan3:
         options = LoadOptions(device="cpu", dtype=dtype, vae_dtype="float32", format=self.weight_format)
+        # cpu:0 and cpu:1 stand in for cards: to all that compares devices they are others than the host's cpu.
+        if self.split:
+            layers = self.folder(name).config.num_layers
+            options = replace(
+                options, device="auto", split=halves([torch.device("cpu", 0), torch.device("cpu", 1)], layers)
+            )
         if self.streaming:
-            # cpu:0 stands in for a card: to all that compares devices it is another one than the host's cpu.
-            options = replace(options, device="cpu:0", streaming=self.streaming)
+            options = replace(options, streaming=self.streaming)
+            if not self.split:
+                options = replace(options, device="cpu:0")
             placed = Hunyuan3(self.folder(name), options.resolved()).placed_transformer
-            streamed = placed.total_bytes - placed.required_bytes
-            options = replace(options, vram=placed.required_bytes + placed.streams.full_nbytes + streamed // 3)
+            options = replace(options, vram={device: _a_third(placed, device) for device in placed.devices})
         return Hunyuan3(self.folder(name), options.resolved())
+
+
+def _a_third(placed: PlacedModule, device: torch.device) -> int:
+    """Bytes in which a third of a device's experts stay there."""
+    required = placed.required_on(device)
+    return required + placed.full_ring_on(device) + (placed.total_on(device) - required) // 3
