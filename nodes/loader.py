@@ -15,12 +15,13 @@ from ..hunyuan3.ops.attention import ATTENTION_BACKENDS
 from ..hunyuan3.parts import DTYPES, VAE_DTYPES, LoadOptions
 from ..hunyuan3.pipeline import Hunyuan3
 from ..hunyuan3.placement.planner import RING_GROUPS as RING_SLOTS
+from ..hunyuan3.placement.split import SplitRequest
 from ..hunyuan3.quant.policy import FORMATS
 from .compat import io, require_choice, schema
 from .folders import checkpoint_names, checkpoint_path
 from .io_types import HunyuanModel, ModelHandle
 from .memory import GIB, Budget, PartPatcher
-from .plan import most_pinned, planned
+from .plan import most_pinned, planned, split_of
 from .progress import NodeProgress
 
 _PARSED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "system_prompt.py")
@@ -126,6 +127,16 @@ class Hunyuan3Loader(io.ComfyNode):
                     optional=True,
                     tooltip="GiB of host memory that its weights may take while they are evicted; 0: what is free.",
                 ),
+                io.String.Input(
+                    "gpu_split",
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "Layers on several GPUs: 'auto' uses the others if the model does not fit on one; '0' only "
+                        "that one; '0,1' both; '0:20,1:12' with so many layers each; '0:22GiB,1:40GiB' with so much "
+                        "memory each. The first one also holds the VAE."
+                    ),
+                ),
             ],
             outputs=[HunyuanModel.Output("model", display_name="model", tooltip="For all other Hunyuan3 nodes.")],
             hidden=[io.Hidden.unique_id],
@@ -156,12 +167,18 @@ class Hunyuan3Loader(io.ComfyNode):
         format: str = "auto",
         vram_budget: float = 0.0,
         ram_budget: float = 0.0,
+        gpu_split: str = "auto",
     ) -> io.NodeOutput:
         require_choice("checkpoint", checkpoint, checkpoint_names())
-        budget = Budget(_bytes("vram_budget", vram_budget), _bytes("ram_budget", ram_budget))
+        asked = _split(gpu_split, device)
+        budget = Budget(
+            _bytes("vram_budget", vram_budget),
+            _bytes("ram_budget", ram_budget),
+            dict(zip(asked.devices, asked.nbytes or (), strict=False)),
+        )
         folder = ModelFolder.open(checkpoint_path(checkpoint), variant)
         wanted = LoadOptions(
-            device=mm.get_torch_device() if device == "auto" else torch.device(device),
+            device=asked.devices[0] if asked.devices else _home(device),
             dtype=dtype,
             vae_dtype=vae_dtype,
             moe_backend=moe_backend,
@@ -170,15 +187,17 @@ class Hunyuan3Loader(io.ComfyNode):
             format=format,
         )
         options = wanted.resolved(folder.stored_format)
-        plan, plan_text = planned(folder, options, budget)
+        plan, plan_text = planned(folder, options, budget, asked)
+        split = split_of(plan)
+        wanted = replace(wanted, device=split.devices[0], split=split if len(split.devices) > 1 else None)
         if not plan.fits_whole:
-            streaming = replace(wanted, streaming=RING_SLOTS, pinned=most_pinned())
-            options = streaming.resolved(folder.stored_format)
+            wanted = replace(wanted, streaming=RING_SLOTS, pinned=most_pinned())
+        options = wanted.resolved(folder.stored_format)
         model = Hunyuan3(folder, options)
         handle = ModelHandle(
             name=checkpoint,
             model=model,
-            transformer=PartPatcher.of(model.placed_transformer, model.prefixes, budget),
+            transformer=PartPatcher.of(model.placed_transformer, model.prefixes, budget, options.split),
             vae=PartPatcher.of(model.placed_vae, budget=budget),
             vision=PartPatcher.of(model.placed_vision, budget=budget),
         )
@@ -194,11 +213,37 @@ def describe(handle: ModelHandle) -> str:
     options = handle.model.options
     nbytes = handle.transformer.placed.total_bytes
     size = f"{nbytes / GIB:.2f} GiB" if nbytes > GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
+    where = str(options.split or options.device)
+    if options.split is not None and all(device.type == "cpu" for device in options.split.devices):
+        where += " (the processor stands in for cards)"
     return (
-        f"{handle.model.folder.variant}, {options.format}, {_short(options.dtype)} on {options.device}, {size}; "
+        f"{handle.model.folder.variant}, {options.format}, {_short(options.dtype)} on {where}, {size}; "
         f"experts: {options.moe_backend} ({options.moe_reason}), router {options.router}, "
         f"attention {options.attention}, VAE {_short(options.vae_dtype)}; {handle.name}"
     )
+
+
+def _home(device: str) -> torch.device:
+    return mm.get_torch_device() if device == "auto" else torch.device(device)
+
+
+def _split(text: str, device: str) -> SplitRequest:
+    """What gpu_split asks for, on devices that are here. Raises RequestError."""
+    home = _home(device)
+    asked = SplitRequest.parse(text, "cuda" if home.type == "cpu" else home.type)
+    if not asked.devices:
+        return asked
+    if device != "auto" and home != asked.devices[0]:
+        raise RequestError(
+            f"device is {device}, but gpu_split is {text!r} and begins on {asked.devices[0]}. Set device to 'auto', or "
+            "gpu_split to 'auto'."
+        )
+    for wanted in asked.devices:
+        here = torch.cuda.device_count()
+        if wanted.type == "cuda" and wanted.index >= here:
+            cards = f"0 to {here - 1}" if here > 1 else "only 0" if here else "none ('cpu:0,cpu:1' tries a split)"
+            raise RequestError(f"gpu_split is {text!r}; the GPUs here: {cards}. Set it to 'auto'.")
+    return asked
 
 
 def _bytes(name: str, gib: float) -> int | None:

@@ -26,8 +26,8 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes beside the weights. activations: on whichever device computes. cache: keys and values of all layers, each on
-    its own device.
+    """Bytes beside the weights. activations: on whichever device computes. cache: keys and values of all layers, each
+    layer's on its device.
     """
 
     activations: int

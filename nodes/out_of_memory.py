@@ -9,7 +9,13 @@ import comfy.model_management as mm
 import torch
 
 from ..hunyuan3.errors import OutOfBudgetError
-from ..hunyuan3.placement.out_of_memory import asked_bytes, asked_device, is_out_of_host_memory, is_out_of_memory, let_go
+from ..hunyuan3.placement.out_of_memory import (
+    asked_bytes,
+    asked_device,
+    is_out_of_host_memory,
+    is_out_of_memory,
+    let_go,
+)
 
 if TYPE_CHECKING:
     from .io_types import ModelHandle

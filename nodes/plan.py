@@ -1,5 +1,6 @@
 """The loader's plan: what this machine has, as ComfyUI knows it, and what the model would do with it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import comfy.model_management as mm
@@ -11,6 +12,7 @@ from ..hunyuan3.parts import ResolvedOptions
 from ..hunyuan3.placement.budget import DeviceBudget, HostBudget, PartSizes, Rate, Workload
 from ..hunyuan3.placement.plan import Plan
 from ..hunyuan3.placement.planner import attempt, plan
+from ..hunyuan3.placement.split import LayerSplit, SplitRequest
 from ..hunyuan3.plan import rates_of_card, sizes_of
 from ..hunyuan3.quant.policy import FORMATS, storage_of
 from .memory import GIB, Budget, most_free_memory
@@ -20,9 +22,14 @@ _CPU_COMPUTE, _CPU_MEMORY = 1e12, 50e9  # FLOP/s and bytes/s of an ordinary proc
 _SMALLER = (1024, 768, 512, 256, 128)  # sides of pictures that are tried where the base size does not fit
 
 
-def planned(folder: ModelFolder, options: ResolvedOptions, budget: Budget) -> tuple[Plan, str]:
+def planned(
+    folder: ModelFolder, options: ResolvedOptions, budget: Budget, asked: SplitRequest | None = None
+) -> tuple[Plan, str]:
     """(plan, the same as text). Where the model's own base size does not fit, that of the largest square that does,
     saying so.
+
+    asked: over which devices the layers may be split; None: the options' own alone. Where it leaves that open
+    ("auto"), the other cards help only if that one does not hold everything.
 
     Raises OutOfBudgetError with numbers and advice if no picture can be drawn. On a CPU all weights must fit; to any
     other device experts may be streamed from host memory.
@@ -36,13 +43,21 @@ def planned(folder: ModelFolder, options: ResolvedOptions, budget: Budget) -> tu
         vae_dtype=options.vae_dtype,
     )
     sizes = {options.format: _sizes(folder, options, options.format)}
-    device, host = _device(options.device, budget), _host(options.device, budget)
-    ways = {"streaming": not mm.is_device_cpu(options.device), "split": False}
+    host, choices = _host(options.device, budget), _choices(options.device, asked)
+    counts = None if asked is None else asked.layers
+    streaming = not mm.is_device_cpu(options.device)
 
     def fits(side: int) -> Plan | None:
-        smaller = replace(work, width=side, height=side)
-        made = attempt(config, sizes[options.format], [device], host, smaller, **ways)
-        return made if isinstance(made, Plan) else None
+        smaller, best = replace(work, width=side, height=side), None
+        for devices in choices:
+            budgets = _devices(devices, budget)
+            made = attempt(
+                config, sizes[options.format], budgets, host, smaller, streaming=streaming, split=True, counts=counts
+            )
+            best = made if isinstance(made, Plan) else best
+            if best is not None and best.fits_whole:
+                break
+        return best
 
     made = fits(base)
     if made is not None:
@@ -52,11 +67,46 @@ def planned(folder: ModelFolder, options: ResolvedOptions, budget: Budget) -> tu
             return made, f"{base}x{base} does not fit, {side}x{side} does.\n{made.text()}"
     if folder.stored_format == "bf16":  # a pack is what it is
         sizes |= {name: _sizes(folder, options, name) for name in FORMATS if name == storage_of(name)} | sizes
+    budgets = _devices(choices[-1], budget)
     try:
-        plan(config, sizes[options.format], [device], host, work, alternatives=sizes, **ways)
+        plan(
+            config,
+            sizes[options.format],
+            budgets,
+            host,
+            work,
+            streaming=streaming,
+            split=True,
+            counts=counts,
+            alternatives=sizes,
+        )
     except OutOfBudgetError as error:
         raise OutOfBudgetError(f"This model cannot be drawn with here: {error}") from None
     raise AssertionError("a plan that was refused before is there now")
+
+
+def split_of(plan: Plan) -> LayerSplit:
+    """The devices of a plan, with their numbers of layers."""
+    names = [layer.device for layer in plan.layers]
+    return LayerSplit(tuple((torch.device(name), names.count(name)) for name in dict.fromkeys(names)))
+
+
+def _choices(home: torch.device, asked: SplitRequest | None) -> list[tuple[torch.device, ...]]:
+    """Devices that may be used together, in the order in which to try them."""
+    if asked is None:
+        return [(home,)]
+    if asked.devices:
+        return [asked.devices]
+    others = other_cards(home)
+    return [(home,), (home, *others)] if others else [(home,)]
+
+
+def other_cards(home: torch.device) -> tuple[torch.device, ...]:
+    """The CUDA cards (ROCm included) beside this one."""
+    if home.type != "cuda":
+        return ()
+    cards = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return tuple(card for card in cards if card != torch.device("cuda", home.index or 0))
 
 
 def _sizes(folder: ModelFolder, options: ResolvedOptions, weight_format: str) -> PartSizes:
@@ -64,15 +114,19 @@ def _sizes(folder: ModelFolder, options: ResolvedOptions, weight_format: str) ->
     return sizes_of(folder.config, weight_format, options.dtype, options.vae_dtype, experts_at_once=one_by_one)
 
 
-def _device(device: torch.device, budget: Budget) -> DeviceBudget:
-    """The compute device with what ComfyUI could free on it, within the budget."""
+def _devices(devices: Sequence[torch.device], budget: Budget) -> list[DeviceBudget]:
+    """Compute devices with what ComfyUI could free on each, within the budget. Stand-ins on a CPU share its memory."""
+    return [_device(device, budget, sharing=len(devices)) for device in devices]
+
+
+def _device(device: torch.device, budget: Budget, sharing: int = 1) -> DeviceBudget:
     free = _most_free(device)
     limit = budget.device_bytes(device)
-    nbytes = int(free if limit is None else min(free, limit))
     if mm.is_device_cpu(device):
-        return DeviceBudget("cpu", nbytes, Rate(_CPU_COMPUTE), Rate(_CPU_MEMORY))
+        nbytes = int((free if limit is None else min(free, limit)) / sharing)
+        return DeviceBudget(str(device), nbytes, Rate(_CPU_COMPUTE), Rate(_CPU_MEMORY))
     compute, memory = rates_of_card(mm.get_total_memory(device) / GIB)
-    return DeviceBudget(str(device), nbytes, Rate(compute), Rate(memory))
+    return DeviceBudget(str(device), int(free if limit is None else min(free, limit)), Rate(compute), Rate(memory))
 
 
 def _host(device: torch.device, budget: Budget) -> HostBudget:

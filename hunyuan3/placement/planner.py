@@ -22,7 +22,7 @@ from .plan import DevicePlan, LayerPlan, Plan, Refusal, gib
 
 GROUP = 1  # experts that are copied, and computed, together: one of the published model is 20 to 75 MB
 RING_GROUPS = 8  # what the link needs to go on while a layer's attention is computed (benchmarks/streaming.py)
-_MAX_SPLITS = 10_000  # ways to cut the layers that are tried; up to three devices
+_MAX_SPLITS = 10_000  # ways to cut the layers that are tried; up to four devices
 _SMALLER_SIDES = (1024, 768, 512, 256)  # pictures that a refusal may advise
 _CPU = "cpu"
 
@@ -36,6 +36,7 @@ def plan(
     *,
     streaming: bool,
     split: bool,
+    counts: Sequence[int] | None = None,
     alternatives: Mapping[str, PartSizes] | None = None,
 ) -> Plan:
     """The fastest plan within the budgets.
@@ -46,11 +47,12 @@ def plan(
         host: what may hold streamed weights.
         streaming: whether experts may be streamed; if not, a plan that needs it is refused.
         split: whether layers may be shared out over several devices; if not, only the first device is used.
+        counts: the layers of each device, None to choose them.
         alternatives: sizes of other formats by name, which a refusal may advise.
 
     Raises OutOfBudgetError with what was asked, what was there, and changes each of which was tried and works.
     """
-    outcome = attempt(config, sizes, devices, host, work, streaming=streaming, split=split)
+    outcome = attempt(config, sizes, devices, host, work, streaming=streaming, split=split, counts=counts)
     if isinstance(outcome, Plan):
         return outcome
     hints = advice(
@@ -62,6 +64,7 @@ def plan(
         outcome,
         streaming=streaming,
         split=split,
+        counts=counts,
         alternatives=alternatives or {},
     )
     raise OutOfBudgetError(f"{outcome.text} {' '.join(hints)}")
@@ -76,14 +79,21 @@ def attempt(
     *,
     streaming: bool,
     split: bool,
+    counts: Sequence[int] | None = None,
 ) -> Plan | Refusal:
     """As `plan`, but a refusal is a value.
 
     Layers go to the devices in contiguous runs. Every way to cut them is tried, the one in proportion to the devices'
-    room first, and the fastest taken; with more than three devices only that first one.
+    room first, and the fastest taken; with more than four devices only that first one. With `counts` only these.
+
+    Raises RequestError for counts that are not one per device, or not of as many layers as there are.
     """
     if not devices:
         raise RequestError("A plan needs at least one device.")
+    if counts is not None and (len(counts) != len(devices) or sum(counts) != len(sizes.layers) or min(counts) < 0):
+        raise RequestError(
+            f"{' + '.join(map(str, counts))} layers on {len(devices)} devices: this model has {len(sizes.layers)}."
+        )
     chosen = list(devices if split else devices[:1])
     if any(device.name == _CPU for device in chosen):
         if len(chosen) > 1:
@@ -94,8 +104,9 @@ def attempt(
         streaming = streaming and host.disk.value > 0
     needs = _Needs.of(config, sizes, work)
     best: Plan | Refusal | None = None
-    for counts in _splits(len(sizes.layers), [device.nbytes for device in chosen]):
-        outcome = _with_split(config, sizes, chosen, counts, host, work, needs, streaming)
+    ways = [counts] if counts is not None else _splits(len(sizes.layers), [device.nbytes for device in chosen])
+    for way in ways:
+        outcome = _with_split(config, sizes, chosen, way, host, work, needs, streaming)
         if best is None or _better(outcome, best):
             best = outcome
     assert best is not None
@@ -112,12 +123,14 @@ def advice(
     *,
     streaming: bool,
     split: bool,
+    counts: Sequence[int] | None = None,
     alternatives: Mapping[str, PartSizes],
 ) -> list[str]:
     """Sentences with single changes that make it fit. Each was tried: a plan with it exists."""
 
     def fits(**changes: object) -> bool:
         given = {"sizes": sizes, "devices": devices, "host": host, "work": work, "streaming": streaming, "split": split}
+        given |= {"counts": counts}
         return isinstance(attempt(config, **(given | changes)), Plan)
 
     hints = []
@@ -129,6 +142,8 @@ def advice(
         hints.append("It fits if experts may be streamed from RAM.")
     if not split and len(devices) > 1 and fits(split=True):
         hints.append(f"It fits if the layers may be split over the {len(devices)} devices.")
+    if counts is not None and fits(counts=None):
+        hints.append("It fits if the layers are shared out otherwise.")
     if work.rows > 1 and fits(work=replace(work, rows=1, passes=work.rows * work.passes)):
         hints.append("It fits with sequential guidance (the branches one after the other, slower).")
     if work.batch > 1:

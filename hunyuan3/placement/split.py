@@ -32,7 +32,7 @@ class LayerSplit:
             raise RequestError("A split must give each device at least one layer.")
 
     def __str__(self) -> str:
-        return ", ".join(f"{count} layers on {device}" for device, count in self.runs)
+        return ", ".join(f"{count} layer{'s' * (count > 1)} on {device}" for device, count in self.runs)
 
     @property
     def devices(self) -> tuple[torch.device, ...]:

@@ -330,7 +330,9 @@ def streamed(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path, mm: types
     """On a card with room for a third of the experts."""
     opened = Opened(comfy_pack, tiny_checkpoint, card, streaming=3)
     part = opened.transformer
-    card.total = least(mm) + part.least_on(part.load_device) + (part.placed.total_bytes - part.placed.required_bytes) // 3 + 1000
+    card.total = (
+        least(mm) + part.least_on(part.load_device) + (part.placed.total_bytes - part.placed.required_bytes) // 3 + 1000
+    )
     return opened
 
 

@@ -1,0 +1,351 @@
+"""Layers on two cards under ComfyUI's memory manager, and the loader's gpu_split in a real server.
+
+`cpu:0` and `cpu:1` stand in for cards (see test_eviction.py); the memory of both is made up.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import types
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.nodes.graphs import drawing
+from tests.nodes.test_eviction import HOST, RESERVED, ROOMY, held_bytes, submodule
+from tools.comfy_server import ComfyServer, PromptError
+
+if TYPE_CHECKING:
+    from tests.nodes.conftest import ComfyPack
+
+pytestmark = pytest.mark.comfy
+
+FIRST, SECOND = torch.device("cpu", 0), torch.device("cpu", 1)
+GIB = 2**30
+
+
+@dataclass
+class Cards:
+    """The made-up memory of both cards, and of the host."""
+
+    total: dict[torch.device, int] = field(default_factory=lambda: {FIRST: ROOMY, SECOND: ROOMY})
+    host_free: int = ROOMY
+    others: dict[torch.device, int] = field(default_factory=lambda: {FIRST: 0, SECOND: 0})
+    parts: list[Any] = field(default_factory=list)
+
+    def on(self, device: torch.device) -> int:
+        """Bytes that our parts hold on a card."""
+        return sum(part.held_on(device) for part in self.parts)
+
+    def free(self, device: torch.device | None = None, torch_free_too: bool = False) -> Any:
+        """Stands for comfy.model_management.get_free_memory."""
+        if device == HOST:
+            held = sum(held_bytes(part) - part.placed.loaded_bytes for part in self.parts)
+            free = self.host_free - held
+        else:
+            device = device or FIRST
+            free = self.total[device] - self.others[device] - self.on(device)
+        return (free, 0) if torch_free_too else free
+
+
+class Other:
+    """Another pack's model on a card: what the memory manager evicts when it is told to."""
+
+    def __init__(self, mm: types.ModuleType, cards: Cards, device: torch.device, nbytes: int) -> None:
+        from comfy.model_patcher import ModelPatcher
+
+        self.patcher = ModelPatcher(torch.nn.Linear(1, 1), device, HOST, size=nbytes)
+        self.cards, self.device, self.nbytes = cards, device, nbytes
+        self.patcher.detach = self._leave
+        cards.others[device] += nbytes
+        self.loaded = mm.LoadedModel(self.patcher)
+        self.loaded.real_model = lambda: self.patcher.model
+        self.loaded.model_finalizer = weakref.finalize(self.patcher.model, lambda: None)
+        mm.current_loaded_models.append(self.loaded)
+
+    def _leave(self, unpatch_all: bool = True) -> torch.nn.Module:
+        self.cards.others[self.device] -= self.nbytes
+        self.nbytes = 0
+        return self.patcher.model
+
+
+@pytest.fixture
+def mm(comfy_pack: ComfyPack) -> types.ModuleType:
+    import comfy.model_management as mm
+
+    return mm
+
+
+@pytest.fixture
+def cards(mm: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cards]:
+    cards = Cards()
+    monkeypatch.setattr(mm, "get_free_memory", cards.free)
+    monkeypatch.setattr(mm, "get_total_memory", lambda device=None, **_k: cards.total.get(device, ROOMY))
+    monkeypatch.setattr(mm, "get_torch_device", lambda: FIRST)
+    monkeypatch.setattr(mm, "is_device_cpu", lambda device: device == HOST)
+    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
+    monkeypatch.setattr(mm, "lowvram_available", True)
+    monkeypatch.setattr(mm, "MIN_WEIGHT_MEMORY_RATIO", 0.0)
+    monkeypatch.setattr(mm, "EXTRA_RESERVED_VRAM", RESERVED)
+    monkeypatch.setattr(mm, "current_loaded_models", [])
+    monkeypatch.setattr(mm, "soft_empty_cache", lambda *_a, **_k: None)
+    yield cards
+    mm.current_loaded_models.clear()
+
+
+class Opened:
+    """A tiny checkpoint opened as the loader opens it, with one layer on FIRST and two on SECOND."""
+
+    def __init__(self, pack: ComfyPack, folder: Path, cards: Cards, *, budget: Any = None, streaming: int = 0) -> None:
+        self.memory = submodule(pack, "nodes.memory")
+        split = submodule(pack, "hunyuan3.placement.split").LayerSplit(((FIRST, 1), (SECOND, 2)))
+        options = {"dtype": "float32", "vae_dtype": "float32", "split": split, "streaming": streaming}
+        self.core = submodule(pack, "hunyuan3.pipeline").Hunyuan3.open(folder, **options)
+        budget = budget or self.memory.Budget()
+        self.transformer = self.memory.PartPatcher.of(self.core.placed_transformer, self.core.prefixes, budget, split)
+        self.vae = self.memory.PartPatcher.of(self.core.placed_vae, budget=budget)
+        cards.parts += [self.transformer, self.vae]
+        self.placed = self.core.placed_transformer
+
+    def bring(self, part: Any, work: Any = 0) -> None:
+        self.memory.bring_to_device(part, work, lambda *_: None)
+
+    def latents(self, work: Any = 0) -> torch.Tensor:
+        self.bring(self.transformer, work)
+        prepare = sys.modules[type(self.core).__module__].SamplingRun.prepare
+        conditioning = self.core.conditioning("a red fox", width=64, height=64)
+        run = prepare(self.core.folder, self.placed.module, conditioning, seed=1, steps=2, prefixes=self.core.prefixes)
+        return run.latents
+
+
+@pytest.fixture
+def opened(comfy_pack: ComfyPack, cards: Cards, tiny_checkpoint: Path) -> Opened:
+    return Opened(comfy_pack, tiny_checkpoint, cards)
+
+
+@pytest.fixture(scope="module")
+def whole_latents(comfy_pack: ComfyPack, tiny_checkpoint: Path) -> torch.Tensor:
+    core = submodule(comfy_pack, "hunyuan3.pipeline").Hunyuan3.open(tiny_checkpoint, device=HOST, dtype="float32")
+    return core.sample(core.conditioning("a red fox", width=64, height=64), seed=1, steps=2).latents
+
+
+# --- under the memory manager -----------------------------------------------------------------------------------------
+
+
+def test_the_manager_counts_what_is_on_its_own_card(mm: types.ModuleType, opened: Opened, whole_latents: torch.Tensor):
+    assert torch.equal(opened.latents(), whole_latents)
+    part, placed = opened.transformer, opened.placed
+    kept = opened.core.prefixes.nbytes
+    assert part.loaded_size() == placed.total_on(FIRST) + round(kept / 3)
+    assert part.held_on(SECOND) == placed.total_on(SECOND) + round(kept * 2 / 3)
+    assert mm.loaded_models() == [part]
+
+
+@pytest.mark.parametrize("how", ["free", "unload_all_models"])
+def test_both_cards_are_freed(
+    mm: types.ModuleType, cards: Cards, opened: Opened, whole_latents: torch.Tensor, how: str
+):
+    """/free calls one of the two."""
+    opened.latents()
+    assert min(cards.on(FIRST), cards.on(SECOND)) > 0
+    mm.free_memory(1e30, FIRST) if how == "free" else mm.unload_all_models()
+    assert (cards.on(FIRST), cards.on(SECOND)) == (0, 0)
+    assert torch.equal(opened.latents(), whole_latents)
+
+
+def test_an_eviction_on_the_first_card_says_what_it_freed_there(
+    cards: Cards, opened: Opened, whole_latents: torch.Tensor
+):
+    opened.latents()
+    part = opened.transformer
+    for wanted in (1, opened.placed.total_on(FIRST) // 2):
+        before, beside = part.loaded_size(), cards.on(SECOND) - part.kept_on(SECOND)
+        freed = part.partially_unload(HOST, wanted)
+        assert freed == before - part.loaded_size() >= wanted
+        assert cards.on(SECOND) == beside, "the second card's weights stay"
+    assert torch.equal(opened.latents(), whole_latents)
+
+
+def test_others_make_way_on_the_second_card(mm: types.ModuleType, cards: Cards, opened: Opened):
+    other = Other(mm, cards, SECOND, ROOMY - 1000)
+    assert cards.free(SECOND) < opened.placed.total_on(SECOND)
+    opened.bring(opened.transformer)
+    assert other.nbytes == 0
+    assert opened.placed.loaded_on(SECOND) == opened.placed.total_on(SECOND)
+
+
+def test_others_stay_where_there_is_room_for_both(mm: types.ModuleType, cards: Cards, opened: Opened):
+    other = Other(mm, cards, SECOND, GIB)
+    opened.bring(opened.transformer)
+    assert other.nbytes == GIB
+
+
+def test_a_full_second_card_is_named_and_nothing_is_left_behind(
+    cards: Cards, opened: Opened, whole_latents: torch.Tensor
+):
+    cards.others[SECOND] = ROOMY - 1000
+    error = opened.memory.RequestError
+    with pytest.raises(error, match=r"The transformer needs .* GiB more on cpu:1"):
+        opened.bring(opened.transformer)
+    assert (cards.on(FIRST), cards.on(SECOND)) == (0, 0)
+    cards.others[SECOND] = 0
+    assert torch.equal(opened.latents(), whole_latents)
+
+
+def test_the_work_of_each_card_is_kept_free_there(mm: types.ModuleType, cards: Cards, opened: Opened):
+    """Keys and values lie with their layers: a third of them on the first card."""
+    work = opened.memory.Work(activations=3 * GIB, cache=3 * GIB)
+    assert (work.on(1 / 3), work.on(2 / 3), work.total) == (4 * GIB, 5 * GIB, 6 * GIB)
+    need = opened.placed.total_on(SECOND) + 5 * GIB + int(mm.extra_reserved_memory())
+    cards.total[SECOND] = need - 1
+    with pytest.raises(opened.memory.RequestError, match="more on cpu:1"):
+        opened.bring(opened.transformer, work)
+    cards.total[SECOND] = need
+    opened.bring(opened.transformer, work)
+
+
+def test_each_card_streams_what_it_has_no_room_for(
+    comfy_pack: ComfyPack, mm: types.ModuleType, cards: Cards, tiny_checkpoint: Path, whole_latents: torch.Tensor
+):
+    opened = Opened(comfy_pack, tiny_checkpoint, cards, streaming=3)
+    part, placed = opened.transformer, opened.placed
+    third = (placed.total_on(SECOND) - placed.required_on(SECOND)) // 3
+    cards.total[SECOND] = int(mm.extra_reserved_memory()) + part.least_on(SECOND) + third + 1000
+    assert torch.equal(opened.latents(), whole_latents)
+    resident = [sum(layer.mlp.experts.resident) for layer in placed.module.layers]
+    assert resident[0] == 8 and 0 < resident[1] == resident[2] < 8
+    assert cards.free(SECOND) >= 0
+    mm.unload_all_models()
+    assert (cards.on(FIRST), cards.on(SECOND)) == (0, 0)
+    assert torch.equal(opened.latents(), whole_latents)
+
+
+def test_a_budget_holds_on_each_card(
+    comfy_pack: ComfyPack, cards: Cards, tiny_checkpoint: Path, whole_latents: torch.Tensor
+):
+    budget_of = submodule(comfy_pack, "nodes.memory").Budget
+    probe = Opened(comfy_pack, tiny_checkpoint, cards, streaming=3)
+    least = probe.transformer.least_on(SECOND)
+    half = (probe.placed.total_on(SECOND) - probe.placed.required_on(SECOND)) // 2
+    cards.parts.clear()
+    opened = Opened(comfy_pack, tiny_checkpoint, cards, budget=budget_of(by_device={SECOND: least + half}), streaming=3)
+    assert torch.equal(opened.latents(), whole_latents)
+    assert 0 < sum(opened.placed.module.layers[1].mlp.experts.resident) < 8
+    assert sum(opened.placed.module.layers[0].mlp.experts.resident) == 8
+    assert opened.transformer.held_on(SECOND) - opened.transformer.kept_on(SECOND) <= least + half
+    small = Opened(comfy_pack, tiny_checkpoint, cards, budget=budget_of(by_device={SECOND: least // 2}), streaming=3)
+    error = sys.modules[opened.memory.RequestError.__module__].OutOfBudgetError
+    with pytest.raises(error, match=r"on cpu:1 .*gpu_split"):
+        small.bring(small.transformer)
+
+
+# --- the loader's choice ----------------------------------------------------------------------------------------------
+
+
+class Planning:
+    """The published model, as the loader plans for it on two made-up cards."""
+
+    def __init__(self, pack: ComfyPack, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.plan = submodule(pack, "nodes.plan")
+        self.budget = submodule(pack, "nodes.memory").Budget
+        self.request = submodule(pack, "hunyuan3.placement.split").SplitRequest
+        opened = submodule(pack, "hunyuan3.folder").ModelFolder.open(folder)
+        self.folder = replace(opened, config=submodule(pack, "hunyuan3.plan").published_config())
+        self.load = submodule(pack, "hunyuan3.parts").LoadOptions
+        # There are no more cards to count here.
+        monkeypatch.setattr(self.plan, "other_cards", lambda home: tuple({FIRST, SECOND} - {home}))
+
+    def layers(self, text: str, weight_format: str = "int4") -> tuple[dict[str, int], bool, str]:
+        """(layers by device, whether all fits, text)"""
+        asked = self.request.parse(text, "cpu")
+        home = asked.devices[0] if asked.devices else FIRST
+        options = self.load(device=home, dtype="bfloat16", format=weight_format).resolved()
+        by_device = dict(zip(asked.devices, asked.nbytes or (), strict=False))
+        made, told = self.plan.planned(self.folder, options, self.budget(by_device=by_device), asked)
+        split = self.plan.split_of(made)
+        return {str(device): count for device, count in split.runs}, made.fits_whole, told
+
+
+@pytest.fixture
+def planning(comfy_pack: ComfyPack, cards: Cards, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Planning:
+    cards.host_free = 64 * GIB
+    return Planning(comfy_pack, tiny_checkpoint, monkeypatch)
+
+
+def test_auto_takes_the_second_card_only_if_one_is_not_enough(cards: Cards, planning: Planning):
+    cards.total.update({FIRST: 80 * GIB, SECOND: 80 * GIB})
+    assert planning.layers("auto")[:2] == ({"cpu:0": 32}, True)
+    cards.total.update({FIRST: 40 * GIB, SECOND: 40 * GIB})
+    split, fits, told = planning.layers("auto")
+    assert fits and set(split) == {"cpu:0", "cpu:1"} and sum(split.values()) == 32 and 10 < split["cpu:0"] < 20
+    assert "Everything fits on cpu:0 and cpu:1." in told
+    assert planning.layers("0")[:2] == ({"cpu:0": 32}, False)
+
+
+def test_what_is_asked_for_is_done(cards: Cards, planning: Planning):
+    cards.total.update({FIRST: 80 * GIB, SECOND: 80 * GIB})
+    assert set(planning.layers("0,1")[0]) == {"cpu:0", "cpu:1"}
+    assert planning.layers("0:20,1:12")[0] == {"cpu:0": 20, "cpu:1": 12}
+    assert planning.layers("1:20,0:12")[0] == {"cpu:1": 20, "cpu:0": 12}
+    split, fits, _told = planning.layers("0:20GiB,1:50GiB")
+    assert fits and split["cpu:0"] < 12 < split["cpu:1"]
+    with pytest.raises(Exception, match=r"20 \+ 20 layers on 2 devices: this model has 32"):
+        planning.layers("0:20,1:20")
+
+
+def test_streaming_and_split_go_together(cards: Cards, planning: Planning):
+    cards.total.update({FIRST: 16 * GIB, SECOND: 24 * GIB})
+    split, fits, told = planning.layers("auto")
+    assert not fits and split["cpu:0"] < split["cpu:1"]
+    assert "of the experts stay on cpu:0 and cpu:1" in told
+
+
+# --- in a real server -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(comfy_server: ComfyServer) -> np.ndarray:
+    return shown(comfy_server, "auto")
+
+
+def shown(server: ComfyServer, gpu_split: str) -> np.ndarray:
+    (image,) = server.queue(drawing(loader={"gpu_split": gpu_split}))["show"]["images"]
+    return np.asarray(Image.open(io.BytesIO(server.view(image["filename"], image["subfolder"], image["type"]))))
+
+
+@pytest.mark.parametrize("gpu_split", ["cpu:0,cpu:1", "cpu:0:1,cpu:1:2", "cpu:1:2,cpu:0:1", "cpu:0:1GiB,cpu:1:1GiB"])
+def test_the_same_picture_from_two_devices(comfy_server: ComfyServer, plain: np.ndarray, gpu_split: str):
+    assert np.array_equal(shown(comfy_server, gpu_split), plain)
+
+
+def test_the_loader_says_what_is_where(comfy_server: ComfyServer):
+    graph = drawing(loader={"gpu_split": "cpu:0:1,cpu:1:2"})
+    chosen = comfy_server.queue(graph)["loader"]["text"][0]
+    assert "1 layer on cpu:0, 2 layers on cpu:1 (the processor stands in for cards)" in chosen
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told"),
+    [
+        ({"gpu_split": "0,1"}, "the GPUs here: none"),
+        ({"gpu_split": "everything"}, "'everything' is not understood"),
+        ({"gpu_split": "cpu:0:1,cpu:1:1"}, "this model has 3"),
+        ({"gpu_split": "cpu:0,cpu:1", "device": "cpu"}, "begins on cpu:0"),
+        ({"gpu_split": "cpu:0:0.0001GiB,cpu:1:0.0001GiB"}, "cannot be drawn"),
+    ],
+)
+def test_what_cannot_be_is_said_and_the_next_prompt_works(
+    comfy_server: ComfyServer, plain: np.ndarray, inputs: dict[str, str], told: str
+):
+    with pytest.raises(PromptError) as error:
+        comfy_server.queue(drawing(loader=inputs))
+    assert told in str(error.value)
+    assert np.array_equal(shown(comfy_server, "auto"), plain)
