@@ -114,10 +114,16 @@ class ModelFolder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that tell one checkpoint's files from another's: names, shapes, dtypes, sizes, times."""
+        """Sixteen hex digits that tell one checkpoint's files from another's: names, shapes, dtypes, sizes, times.
+
+        Raises CheckpointError if one is no longer there.
+        """
         digest = hashlib.sha256()
         for file in sorted({info.file for info in self.index.tensors.values()}):
-            stat = file.stat()
+            try:
+                stat = file.stat()
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be read ({error}). Put it back, or download it again.") from error
             digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         shapes = {name: [info.dtype, list(info.shape)] for name, info in self.index.tensors.items()}
         digest.update(json.dumps([self.variant, shapes], sort_keys=True).encode())

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from .callbacks import CheckCancelled
+from .checkpoint.index import CheckpointIndex
 from .checkpoint.keymap import ROUTER_SUFFIX, Slot, transformer_slots
 from .checkpoint.load import Transform, load_parameters
 from .errors import RequestError
@@ -18,9 +20,10 @@ from .moe.router import RouterPrecision
 from .moe.select import MoEBackend, choose_backend, expert_backend, log_choice
 from .ops.attention import AttentionBackend, attention_backend
 from .placement.copier import RingSlot, copier_for
+from .placement.disk import ExpertFiles
 from .placement.guess import guess_ahead
 from .placement.page_lock import PageLock
-from .placement.placed import PlacedModule, Streams, units_by_prefix
+from .placement.placed import HostHasRoom, PlacedModule, Streams, units_by_prefix
 from .placement.ring import ExpertRing
 from .placement.split import LayerSplit
 from .placement.streaming import EXPERT_UNIT, ExpertStreaming, StreamedBank, expert_unit
@@ -52,7 +55,10 @@ class LoadOptions:
         device.
     vram: bytes that the transformer's weights may take on each device, the ring included, or by device; None, or a
         device left out: all of them.
+    disk: whether experts that are streamed may stay in their files, to be read in every pass; not those of a format
+        that they are not stored in.
     split: which devices compute which layers, the first one being `device`; None: all are computed there.
+    ram: bytes of host memory that streamed experts may take; None: all that they need.
     pinned: bytes of host memory that may be page-locked for streaming to a CUDA card; None: as many as there are.
     expert_cache: whether, of experts that are streamed, those that words use often stay on the device.
     expert_guesses: whether the copies of a word's experts begin before their layer's router has chosen them.
@@ -68,9 +74,11 @@ class LoadOptions:
     format: str = "auto"
     streaming: int = 0
     vram: int | Mapping[torch.device, int] | None = None
+    ram: int | None = None
     pinned: int | None = None
     expert_cache: bool = True
     expert_guesses: bool = True
+    disk: bool = False
     split: LayerSplit | None = None
 
     def resolved(self, stored: str = "bf16") -> "ResolvedOptions":
@@ -105,6 +113,11 @@ class LoadOptions:
             backend, reason = "loop", "experts that are streamed come one by one"
         if self.streaming == 1 or self.streaming < 0:
             raise RequestError(f"streaming is {self.streaming}; it must be 0, or at least 2 slots.")
+        if self.disk and not reads_from_files(weight_format, stored):
+            raise RequestError(
+                f"Experts cannot be read from disk in every pass in the format {weight_format!r}, which the folder "
+                "does not have: make a pack of it (python -m hunyuan3.pack)."
+            )
         attention_backend(self.attention)  # refuses unknown names now, not after loading
         attention = "sdpa" if self.attention == "auto" else self.attention
         return ResolvedOptions(
@@ -119,9 +132,11 @@ class LoadOptions:
             format=weight_format,
             streaming=self.streaming,
             vram=self.vram,
+            ram=self.ram,
             pinned=self.pinned,
             expert_cache=self.expert_cache,
             expert_guesses=self.expert_guesses,
+            disk=self.disk,
             split=self.split,
         )
 
@@ -141,10 +156,17 @@ class ResolvedOptions:
     format: str
     streaming: int = 0
     vram: int | Mapping[torch.device, int] | None = None
+    ram: int | None = None
     pinned: int | None = None
     expert_cache: bool = True
     expert_guesses: bool = True
+    disk: bool = False
     split: LayerSplit | None = None
+
+
+def reads_from_files(weight_format: str, stored: str) -> bool:
+    """Whether weights are used in a format as a folder that is `stored` in one has them."""
+    return weight_format == "bf16" or stored != "bf16"
 
 
 def place_transformer(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
@@ -182,12 +204,13 @@ def place_transformer(folder: ModelFolder, options: ResolvedOptions) -> PlacedMo
         layer = re.match(r"layers\.(\d+)\.", name)
         return devices[int(layer[1])] if layer else options.device
 
-    streams = _stream(model, options, devices, dtype_of) if options.streaming else None
+    streams = _stream(model, folder.index, options, devices, dtype_of) if options.streaming else None
     return _place("transformer", model.eval(), folder, slots, options, dtype_of, transform, streams, device_of)
 
 
 def _stream(
     model: Hunyuan3Transformer,
+    index: CheckpointIndex,
     options: ResolvedOptions,
     devices: Sequence[torch.device],
     dtype_of: Callable[[str], torch.dtype],
@@ -211,7 +234,21 @@ def _stream(
         return make_slot
 
     nbytes = sum(shape.numel() * dtypes[name].itemsize for name, shape in shapes[0].items())
-    copiers = {device: copier_for(device) for device in dict.fromkeys(devices)}
+    published = {
+        slot.parameter: (name, slot) for name, slot in transformer_slots(dict(model.named_parameters())).items()
+    }
+    place_of = {id(one): (layer, rank) for layer, bank in enumerate(banks) for rank, one in enumerate(bank)}
+    refs = [weakref.ref(bank) for bank in banks]  # they know the ring: weights must die with their model at once
+
+    def tensors_of(one: nn.Module) -> dict[str, tuple[str, Slot]]:
+        layer, rank = place_of[id(one)]
+        prefix = f"layers.{layer}.mlp.experts.{refs[layer]().expert_at[rank]}."
+        return {name: published[prefix + name] for name in shapes[0]}
+
+    copiers = {}
+    for device in dict.fromkeys(devices):
+        files = ExpertFiles(index, tensors_of, pinned=device.type == "cuda") if options.disk else None
+        copiers[device] = copier_for(device, files and files.copy)
     rings = {device: ExpertRing(slots_on(device), options.streaming, copier) for device, copier in copiers.items()}
     streaming = ExpertStreaming(banks, rings, nbytes, devices=devices, cache=options.expert_cache)
     if options.expert_guesses and all(copier.ahead for copier in copiers.values()):
@@ -237,7 +274,7 @@ def place_vision(folder: ModelFolder, options: ResolvedOptions) -> PlacedModule:
 def load_transformer(folder: ModelFolder, options: ResolvedOptions) -> Hunyuan3Transformer:
     """The transformer with its weights, ready to run."""
     placed = place_transformer(folder, options)
-    return placed.load(room=room_for(placed, options))
+    return placed.load(room=room_for(placed, options), host_has_room=host_room_for(placed, options))
 
 
 def room_for(placed: PlacedModule, options: ResolvedOptions) -> dict[torch.device, int] | None:
@@ -247,6 +284,11 @@ def room_for(placed: PlacedModule, options: ResolvedOptions) -> dict[torch.devic
         return None
     limits = vram if isinstance(vram, Mapping) else dict.fromkeys(placed.devices, vram)
     return {device: limit - placed.full_ring_on(device) - placed.loaded_on(device) for device, limit in limits.items()}
+
+
+def host_room_for(placed: PlacedModule, options: ResolvedOptions) -> HostHasRoom:
+    """Whether so many bytes more of its weights may be kept in host memory."""
+    return lambda nbytes: options.ram is None or placed.host_bytes + nbytes <= options.ram
 
 
 def _place(
@@ -296,7 +338,8 @@ def _place(
         streams=lambda unit: unit.startswith(EXPERT_UNIT),
     )
     lock = None if streams is None else PageLock.for_devices({unit.device for unit in units}, options.pinned)
-    return PlacedModule(name, module, units, options.device, read, streams, lock)
+    from_files = streams is not None and options.disk
+    return PlacedModule(name, module, units, options.device, read, streams, lock, from_files)
 
 
 def _unit_of(parameter: str, device: torch.device) -> str:

@@ -27,7 +27,7 @@ from .folder import ModelFolder
 from .generate.prefix import PrefixStore
 from .generate.stages import StagePlan
 from .image.preprocess import align_output
-from .parts import LoadOptions, ResolvedOptions, place_transformer, place_vae, place_vision, room_for
+from .parts import LoadOptions, ResolvedOptions, host_room_for, place_transformer, place_vae, place_vision, room_for
 from .pictures import EncodedPicture, encode_pictures
 from .run import SamplingRun, require_latents
 from .transformer.model import Hunyuan3Transformer
@@ -70,13 +70,23 @@ class Hunyuan3:
     ) -> "Hunyuan3":
         """`open`, with the transformer's weights loaded at once."""
         model = cls.open(folder, **options)
-        room = room_for(model.placed_transformer, model.options)
-        model.placed_transformer.load(room=room, progress=progress, check_cancelled=check_cancelled)
+        model._load_transformer(progress, check_cancelled)
         return model
 
     def transformer(self) -> Hunyuan3Transformer:
         """The transformer, loaded if it is not."""
-        return self.placed_transformer.load(room=room_for(self.placed_transformer, self.options))
+        return self._load_transformer()
+
+    def _load_transformer(
+        self, progress: Progress = no_progress, check_cancelled: CheckCancelled = never_cancelled
+    ) -> Hunyuan3Transformer:
+        placed = self.placed_transformer
+        return placed.load(
+            room=room_for(placed, self.options),
+            host_has_room=host_room_for(placed, self.options),
+            progress=progress,
+            check_cancelled=check_cancelled,
+        )
 
     def vae(self) -> AutoencoderKLConv3D:
         """The VAE, loaded if it is not."""

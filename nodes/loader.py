@@ -12,7 +12,7 @@ from ..hunyuan3.errors import RequestError
 from ..hunyuan3.folder import ModelFolder
 from ..hunyuan3.moe.select import MOE_BACKENDS
 from ..hunyuan3.ops.attention import ATTENTION_BACKENDS
-from ..hunyuan3.parts import DTYPES, VAE_DTYPES, LoadOptions
+from ..hunyuan3.parts import DTYPES, VAE_DTYPES, LoadOptions, reads_from_files
 from ..hunyuan3.pipeline import Hunyuan3
 from ..hunyuan3.placement.planner import RING_GROUPS as RING_SLOTS
 from ..hunyuan3.placement.split import SplitRequest
@@ -191,7 +191,8 @@ class Hunyuan3Loader(io.ComfyNode):
         split = split_of(plan)
         wanted = replace(wanted, device=split.devices[0], split=split if len(split.devices) > 1 else None)
         if not plan.fits_whole:
-            wanted = replace(wanted, streaming=RING_SLOTS, pinned=most_pinned())
+            disk = reads_from_files(options.format, folder.stored_format)
+            wanted = replace(wanted, streaming=RING_SLOTS, pinned=most_pinned(), disk=disk)
         options = wanted.resolved(folder.stored_format)
         model = Hunyuan3(folder, options)
         handle = ModelHandle(

@@ -8,8 +8,8 @@ import torch
 
 from ..hunyuan3.errors import OutOfBudgetError
 from ..hunyuan3.folder import ModelFolder
-from ..hunyuan3.parts import ResolvedOptions
-from ..hunyuan3.placement.budget import DeviceBudget, HostBudget, PartSizes, Rate, Workload
+from ..hunyuan3.parts import ResolvedOptions, reads_from_files
+from ..hunyuan3.placement.budget import DISK, DeviceBudget, HostBudget, PartSizes, Rate, Workload
 from ..hunyuan3.placement.plan import Plan
 from ..hunyuan3.placement.planner import attempt, plan
 from ..hunyuan3.placement.split import LayerSplit, SplitRequest
@@ -32,7 +32,7 @@ def planned(
     ("auto"), the other cards help only if that one does not hold everything.
 
     Raises OutOfBudgetError with numbers and advice if no picture can be drawn. On a CPU all weights must fit; to any
-    other device experts may be streamed from host memory.
+    other device experts may be streamed from host memory, and from disk where they are stored as they are used.
     """
     config, base = folder.config, folder.config.image_base_size
     work = Workload(
@@ -43,7 +43,7 @@ def planned(
         vae_dtype=options.vae_dtype,
     )
     sizes = {options.format: _sizes(folder, options, options.format)}
-    host, choices = _host(options.device, budget), _choices(options.device, asked)
+    host, choices = _host(folder, options, budget), _choices(options.device, asked)
     counts = None if asked is None else asked.layers
     streaming = not mm.is_device_cpu(options.device)
 
@@ -129,14 +129,16 @@ def _device(device: torch.device, budget: Budget, sharing: int = 1) -> DeviceBud
     return DeviceBudget(str(device), int(free if limit is None else min(free, limit)), Rate(compute), Rate(memory))
 
 
-def _host(device: torch.device, budget: Budget) -> HostBudget:
-    """Host memory for weights. Where the device is the host, all that it may use."""
+def _host(folder: ModelFolder, options: ResolvedOptions, budget: Budget) -> HostBudget:
+    """Host memory for weights, and whether they may stay on disk. Where the device is the host, all that it may use."""
+    device = options.device
     if mm.is_device_cpu(device):
         return HostBudget(pinned=0, pageable=_device(device, budget).nbytes, disk=Rate(0.0))
     free = _most_free(_HOST)
     usable = int(free if budget.ram is None else min(free, budget.ram))
     pinned = min(usable, most_pinned()) if device.type == "cuda" else 0
-    return HostBudget(pinned=pinned, pageable=usable - pinned, disk=Rate(0.0))
+    disk = Rate(DISK if reads_from_files(options.format, folder.stored_format) else 0.0)
+    return HostBudget(pinned=pinned, pageable=usable - pinned, disk=disk)
 
 
 def most_pinned() -> int:

@@ -1,5 +1,8 @@
-"""How an expert gets from host memory into a slot on the device: directly, in a thread, or on a CUDA stream."""
+"""How an expert gets into a slot on the device, from host memory or from its files: directly, in a thread, or on a CUDA
+stream.
+"""
 
+import copy
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -51,14 +54,15 @@ class DirectCopier:
 
     ahead = False
 
-    def __init__(self) -> None:
+    def __init__(self, copy: "CopyExpert | None" = None) -> None:
+        self._copy = copy or copy_expert
         self._sources: dict[int, nn.Module] = {}
 
     def start(self, source: nn.Module, slot: RingSlot) -> None:
         self._sources[id(slot)] = source
 
     def wait(self, slot: RingSlot) -> None:
-        copy_expert(self._sources.pop(id(slot)), slot.bank)
+        self._copy(self._sources.pop(id(slot)), slot.bank)
 
     def used(self, slot: RingSlot) -> None:
         pass
@@ -112,20 +116,33 @@ class ThreadCopier:
 class StreamCopier:
     """Copies on a CUDA stream of its own, beside the stream that computes; the host never waits.
 
+    What is in no memory is read by a thread into page-locked memory first, and the host waits for that.
+
     Exchanges go on the stream that computes: behind what was computed with both experts, and before whatever moves
     them. They write over the link while the ring reads from it.
     """
 
     ahead = True
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, copy: "CopyExpert | None" = None) -> None:
+        """`copy`: reads an expert from its files."""
         self._stream = torch.cuda.Stream(device)
         self._device = device
+        self._copy = copy
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hunyuan3-read-ahead")
+        self._reads: dict[int, Future[nn.Module]] = {}
+        self._staging: dict[int, nn.Module] = {}  # by slot, page-locked
         self._arrived: dict[int, torch.cuda.Event] = {}
         self._done: dict[int, torch.cuda.Event] = {}
         self._written: dict[int, torch.cuda.Event] = {}  # by source in host memory
 
     def start(self, source: nn.Module, slot: RingSlot) -> None:
+        if is_in_files(source):
+            self._reads[id(slot)] = self._pool.submit(self._read, source, slot)
+        else:
+            self._begin(source, slot)
+
+    def _begin(self, source: nn.Module, slot: RingSlot) -> None:
         before = [self._done.pop(id(slot), None), self._written.pop(id(source), None)]
         if before[0] is None:  # a new slot: its memory may still be used by what was computed in it before
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -136,20 +153,43 @@ class StreamCopier:
             copy_expert(source, slot.bank)
             self._arrived[id(slot)] = self._stream.record_event()
 
+    def _read(self, source: nn.Module, slot: RingSlot) -> nn.Module:
+        """Reads an expert into the slot's page-locked memory. In the thread; raises what reading raises."""
+        staging = self._staging.get(id(slot))
+        if staging is None:
+            staging = copy.deepcopy(slot.bank).cpu()
+            for parameter in staging.parameters():
+                parameter.data = parameter.data.pin_memory()
+            self._staging[id(slot)] = staging
+        else:
+            self._stream.synchronize()  # what it held may still be on its way
+        self._copy(source, staging)
+        return staging
+
     def wait(self, slot: RingSlot) -> None:
+        read = self._reads.pop(id(slot), None)
+        if read is not None:
+            self._begin(read.result(), slot)
         torch.cuda.current_stream(self._device).wait_event(self._arrived.pop(id(slot)))
 
     def used(self, slot: RingSlot) -> None:
         self._done[id(slot)] = torch.cuda.current_stream(self._device).record_event()
 
     def drain(self, slot: RingSlot) -> None:
+        read = self._reads.pop(id(slot), None)
+        if read is not None and not read.cancel():
+            read.exception()
         self._done.pop(id(slot), None)
         arrived = self._arrived.pop(id(slot), None)
         if arrived is not None:
             arrived.synchronize()
+        self._staging.pop(id(slot), None)
 
     def forget(self, slot: RingSlot) -> None:
-        pass  # later copies come behind it on the same stream; its event stays for `drain`
+        read = self._reads.pop(id(slot), None)
+        if read is not None:
+            read.cancel()  # one that runs goes on, and the thread does one after the other
+        # Later copies come behind one that is begun, on the same stream; its event stays for `drain`.
 
     def exchange(self, slot: RingSlot, resident: nn.Module, away: nn.Module) -> None:
         exchange(slot, resident, away)
@@ -170,21 +210,28 @@ def exchange(slot: RingSlot, resident: nn.Module, away: nn.Module, copy: CopyExp
     """An expert that just came from `away` into the slot becomes the resident one, and this one takes its place there.
 
     On the device the slot and the resident expert trade their storage, so nothing is copied but the one expert that
-    leaves. Each of the three stays as large as it is. If the copy fails, all is as before.
+    leaves; nothing at all where `away` is in files, which hold every expert. Each of the three stays as large as it
+    is. If the copy fails, all is as before.
     """
-    try:
-        copy(resident, away)
-    except BaseException:
-        copy_expert(slot.bank, away)
-        raise
+    if not is_in_files(away):
+        try:
+            copy(resident, away)
+        except BaseException:
+            copy_expert(slot.bank, away)
+            raise
     arrived, leaving = dict(slot.bank.named_parameters()), dict(resident.named_parameters())
     for name in arrived:
         setattr(slot.bank, name, leaving[name])
         setattr(resident, name, arrived[name])
 
 
-def copier_for(device: torch.device) -> Copier:
-    """The way of copying that suits a device."""
+def is_in_files(bank: nn.Module) -> bool:
+    """Whether an expert's weights are in no memory."""
+    return next(bank.parameters()).is_meta
+
+
+def copier_for(device: torch.device, copy: CopyExpert | None = None) -> Copier:
+    """The way of copying that suits a device. `copy`: also reads experts that are in no memory from their files."""
     if device.type == "cuda":
-        return StreamCopier(device)
-    return ThreadCopier() if device.type == "cpu" else DirectCopier()
+        return StreamCopier(device, copy)
+    return ThreadCopier(copy) if device.type == "cpu" else DirectCopier(copy)

@@ -61,8 +61,9 @@ class Unit:
 class PlacedModule:
     """Where a network's weights are.
 
-    `module` is ready to run whenever every unit is on its device or, if it streams, in host memory. `device` is the
-    home of the network, where it takes its input and gives its output; units may have others.
+    `module` is ready to run whenever every unit is on its device or, if it streams, in host memory, or in its files
+    where these may be read in every pass. `device` is the home of the network, where it takes its input and gives its
+    output; units may have others.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class PlacedModule:
         read: Read,
         streams: Streams | None = None,
         lock: PageLock | None = None,
+        from_files: bool = False,
     ) -> None:
         """Args:
         streams: told of every unit that comes to its device or leaves it; a unit is nowhere at first.
         lock: locks the pages of what streams from host memory.
+        from_files: whether units may stream from their files, too.
         """
         self.name = name
         self.module = module
@@ -88,6 +91,7 @@ class PlacedModule:
         self._read = read
         self.streams = streams
         self._lock = lock
+        self.from_files = from_files
         self._where: dict[str, torch.device] = {unit.name: _NOWHERE for unit in self.units}
 
     @property
@@ -130,6 +134,11 @@ class PlacedModule:
         """Bytes that it holds there while the module runs."""
         return 0 if self.streams is None else self.streams.full_nbytes_on(device)
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weights that are in no memory."""
+        return sum(unit.nbytes for unit in self.units if self._where[unit.name] == _NOWHERE)
+
     def is_on_device(self, unit: Unit) -> bool:
         """Whether a unit is on its device."""
         return self._where[unit.name] == unit.device
@@ -137,7 +146,10 @@ class PlacedModule:
     @property
     def is_ready(self) -> bool:
         """Whether the module can run."""
-        return all(self.is_on_device(unit) or (unit.streams and self._where[unit.name] == _HOST) for unit in self.units)
+        return all(
+            self.is_on_device(unit) or (unit.streams and (self.from_files or self._where[unit.name] == _HOST))
+            for unit in self.units
+        )
 
     def load(
         self,
@@ -155,12 +167,13 @@ class PlacedModule:
             host_has_room: asked before such a unit is put there; None: it always has.
 
         If it is stopped or fails, complete units stay where they are and the next call goes on from there. Raises
-        OutOfBudgetError if a unit finds no place.
+        OutOfBudgetError if a unit finds no place; where it may stream from its files it stays in them.
         """
+        has_room = host_has_room or _always
         left: dict[torch.device, float] = dict.fromkeys(self.devices, float("inf"))
         if room is not None:
             left |= room if isinstance(room, Mapping) else dict.fromkeys(self.devices, room)
-        if self.is_ready and self._gap(left) is None:
+        if self.is_ready and not self._gap(left, has_room):
             return self.module
         done = 0
         for unit in self.units:
@@ -170,9 +183,10 @@ class PlacedModule:
                     self._bring(unit, unit.device, check_cancelled)
                     left[unit.device] -= unit.nbytes
                 elif self._where[unit.name] != _HOST:
-                    if host_has_room is not None and not host_has_room(unit.nbytes):
+                    if has_room(unit.nbytes):
+                        self._bring(unit, _HOST, check_cancelled)
+                    elif not self.from_files:
                         raise self._no_place(unit)
-                    self._bring(unit, _HOST, check_cancelled)
             done += unit.nbytes
             progress(f"load {self.name}", done, self.total_bytes)
         return self.module
@@ -212,7 +226,7 @@ class PlacedModule:
 
     def shrink(self, nbytes: int, host_has_room: HostHasRoom | None = None, device: torch.device | None = None) -> int:
         """Moves units that stream from a device (None: from the home) to host memory until `nbytes` are freed or none
-        is left there.
+        is left there. Where they may stream from their files they need no host memory.
 
         The module stays ready. Returns the bytes freed.
         """
@@ -220,9 +234,11 @@ class PlacedModule:
         for unit in reversed(self.units):
             if freed >= nbytes or not unit.streams:
                 break
-            leaves = unit.device == device and self.is_on_device(unit)
-            if leaves and (host_has_room is None or host_has_room(unit.nbytes)):
-                self._move(unit, _HOST)
+            if unit.device != device or not self.is_on_device(unit):
+                continue
+            keep = host_has_room is None or host_has_room(unit.nbytes)
+            if keep or self.from_files:
+                self._move(unit, _HOST if keep else _NOWHERE)
                 freed += unit.nbytes
         return freed
 
@@ -235,10 +251,15 @@ class PlacedModule:
             if self._where[unit.name] != _NOWHERE:
                 self._move(unit, _NOWHERE)
 
-    def _gap(self, room: Mapping[torch.device, float]) -> Unit | None:
-        """The first unit that streams although it would fit on its device."""
-        waiting = (unit for unit in self.units if self._where[unit.name] == _HOST != unit.device)
-        return next((unit for unit in waiting if unit.nbytes <= room[unit.device]), None)
+    def _gap(self, room: Mapping[torch.device, float], host_has_room: HostHasRoom) -> bool:
+        """Whether a unit streams that would fit on its device, or from its files though it would fit in host memory."""
+        for unit in self.units:
+            waits = not self.is_on_device(unit)
+            if waits and unit.nbytes <= room[unit.device]:
+                return True
+            if waits and self._where[unit.name] == _NOWHERE and host_has_room(unit.nbytes):
+                return True
+        return False
 
     def _no_place(self, unit: Unit) -> OutOfBudgetError:
         missing = sum(other.nbytes for other in self.units if self._where[other.name] == _NOWHERE)
@@ -269,6 +290,10 @@ class PlacedModule:
             self._lock.unlock(unit.name)
             if device == _HOST:
                 self._lock.lock(unit.name, (self.module.get_parameter(name).data for name in unit.parameters))
+
+
+def _always(_nbytes: int) -> bool:
+    return True
 
 
 def units_by_prefix(

@@ -159,7 +159,9 @@ def advice(
         if fits(host=more):
             hints.append(f"It fits with {gib(refusal.missing)} more of RAM.")
         if streaming and not host.disk.value and fits(host=replace(host, disk=Rate(DISK))):
-            hints.append("It fits if the disk may be read in every step (very slow).")
+            hints.append(
+                "It fits if experts may be read from disk in every step (very slow; from a pack, or bf16 as published)."
+            )
     else:
         more_devices = [
             replace(device, nbytes=device.nbytes + refusal.missing) if device.name == refusal.where else device

@@ -9,6 +9,7 @@ the bytes leave a real card, and how fast.
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import types
 import weakref
@@ -61,10 +62,11 @@ class Opened:
         vram: int | None = None,
         ram: int | None = None,
         streaming: int = 0,
+        disk: bool = False,
     ) -> None:
         pipeline = submodule(pack, "hunyuan3.pipeline")
         self.memory = submodule(pack, "nodes.memory")
-        options = {"device": CARD, "dtype": "float32", "vae_dtype": "float32", "streaming": streaming}
+        options = {"device": CARD, "dtype": "float32", "vae_dtype": "float32", "streaming": streaming, "disk": disk}
         self.core = pipeline.Hunyuan3.open(folder, **options)
         budget = self.memory.Budget(vram, ram)
         self.transformer = self.memory.PartPatcher.of(self.core.placed_transformer, self.core.prefixes, budget)
@@ -422,6 +424,43 @@ def test_a_budget_leaves_experts_in_host_memory(
     card.parts = [opened.transformer, opened.vae]
     run = opened.core.sample(opened.core.conditioning("a red fox", width=64, height=64), seed=1, steps=2)
     assert torch.isfinite(run.latents).all()
+
+
+def test_experts_stay_in_their_files_where_the_host_is_too_small_as_well(
+    comfy_pack: ComfyPack, mm: types.ModuleType, card: Card, tiny_checkpoint: Path, whole_latents: torch.Tensor
+):
+    opened = Opened(comfy_pack, tiny_checkpoint, card, streaming=3, disk=True)
+    part, placed = opened.transformer, opened.transformer.placed
+    third = (placed.total_bytes - placed.required_bytes) // 3
+    card.total = least(mm) + part.least_on(CARD) + third + 1000
+    card.host_free = card.total // 10 + third  # a tenth stays free
+    torch.testing.assert_close(opened.latents(), whole_latents, rtol=0, atol=0)
+    assert 0 < on_card(opened) < 8
+    assert 0 < placed.host_bytes <= third
+    assert placed.file_bytes >= third // 2
+    card.host_free = ROOMY
+    torch.testing.assert_close(opened.latents(), whole_latents, rtol=0, atol=0)
+    assert placed.file_bytes == 0, "with room they come into memory"
+    card.host_free = 0
+    assert part.partially_unload(HOST, 1) > 0
+    torch.testing.assert_close(opened.latents(), whole_latents, rtol=0, atol=0)
+
+
+def test_loader_plans_for_the_disk_where_weights_are_used_as_they_are_stored(
+    comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path
+):
+    """The published model in bfloat16 on 24 GiB with 64 GiB of RAM: two thirds of it find no place."""
+    planned, memory = submodule(comfy_pack, "nodes.plan").planned, submodule(comfy_pack, "nodes.memory")
+    folder = submodule(comfy_pack, "hunyuan3.folder").ModelFolder.open(tiny_checkpoint)
+    folder = replace(folder, config=submodule(comfy_pack, "hunyuan3.plan").published_config())
+    load = submodule(comfy_pack, "hunyuan3.parts").LoadOptions
+    card.total, card.host_free = 24 * 2**30, 64 * 2**30
+    plan, text = planned(folder, load(device=CARD, dtype="bfloat16").resolved(), memory.Budget())
+    assert plan.disk > 60 * 2**30
+    assert re.search(r"GiB from disk in every step", text)
+    card.host_free = 16 * 2**30
+    with pytest.raises(sys.modules[memory.RequestError.__module__].OutOfBudgetError, match="from a pack"):
+        planned(folder, load(device=CARD, dtype="bfloat16", format="int4").resolved(), memory.Budget())
 
 
 def test_loader_streams_where_the_card_is_too_small(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path):
