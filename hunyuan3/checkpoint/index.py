@@ -96,7 +96,7 @@ class CheckpointIndex:
         if file.exists() and _stamp(file) == self._stamps[file]:
             return
         if not file.exists():
-            raise CheckpointError(f"{file} cannot be read: it is not there any more. Put it back, or download it again.")
+            raise CheckpointError(f"{file} cannot be read: it is gone. Put it back, or download it again.")
         now = _read_header(file)
         before = {name: info for name, info in self._stacked.items() if info.file == file}
         if any(now.get(name) != info for name, info in before.items()):
