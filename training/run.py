@@ -1,0 +1,97 @@
+"""Trains a stage for some minutes, from where its state file left off.
+
+    python -m training.run vae --minutes 30 --state vae.pt
+
+The run may be killed at any time: it goes on from the last state that was written. A line of averages is added to a
+CSV beside the state every half minute.
+"""
+
+import argparse
+import csv
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .state import load_state, save_state
+from .vae import VAEStage, VAEStageConfig
+
+LOG_SECONDS = 30.0
+SAVE_SECONDS = 180.0
+
+_log = logging.getLogger(__name__)
+
+
+class Stage(Protocol):
+    """What a stage is to this loop. `done`: steps so far, of `config.steps`."""
+
+    name: str
+    config: Any
+    done: int
+
+    def step(self) -> dict[str, float]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+def train(stage: Stage, path: Path, minutes: float) -> None:
+    """Steps until the stage or the time is over, whichever comes first, and leaves the state in `path`."""
+    seconds = 0.0
+    if path.exists():
+        saved = load_state(path)
+        stage.restore(saved["stage"])
+        seconds = saved["seconds"]
+        _log.info("%s: goes on from step %d", stage.name, stage.done)
+    started = last = saved_at = time.monotonic()
+    records: list[dict[str, float]] = []
+    while stage.done < stage.config.steps and time.monotonic() - started < 60 * minutes:
+        records.append(stage.step())
+        now = time.monotonic()
+        if now - last >= LOG_SECONDS:
+            _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
+            records, last = [], now
+        if now - saved_at >= SAVE_SECONDS:
+            save_state(path, {"stage": stage.state(), "seconds": seconds + now - started})
+            saved_at = now
+    now = time.monotonic()
+    if records:
+        _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
+    save_state(path, {"stage": stage.state(), "seconds": seconds + now - started})
+
+
+def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str, float]]) -> None:
+    """Appends the means of some steps to the log, the column names first where the file is new."""
+    keys = sorted({key for record in records for key in record})
+    line = {"step": stage.done, "seconds": round(seconds)}
+    for key in keys:
+        values = [record[key] for record in records if key in record]
+        line[key] = round(sum(values) / len(values), 5)
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, line)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(line)
+    _log.info("%s", " ".join(f"{key} {value}" for key, value in line.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.run", description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=("vae",))
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which to stop and save")
+    parser.add_argument("--state", type=Path, help="state file (default: STAGE.pt); its log lies beside it")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    train(VAEStage(VAEStageConfig()), args.state or Path(f"{args.stage}.pt"), args.minutes)
+
+
+if __name__ == "__main__":
+    main()
