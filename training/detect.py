@@ -1,5 +1,6 @@
 """Pictures -> what they show, by colours and masks alone: no network, so a model's drawings are judged from outside."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -18,6 +19,7 @@ _PATTERN_PRICE = 0.02  # share of pixels by which a pattern must explain more th
 _CORE = 30  # pixels that a blob must keep when its rim is taken off
 _SIDE = 32  # of the masks that are compared
 _LIKENESS = 0.7  # intersection over union below which a blob is no known shape
+_RIM = 0.2  # below which it is no object at all: rims have 0.03 to 0.14
 _ZOOMS = (1.0, 1.05, 1.1)  # a blurred tip shortens the bounding box: larger boxes are tried, too
 _SHIFTS = ((0.0, 0.0), (0.0, -0.04), (0.0, 0.04), (-0.03, 0.0), (0.03, 0.0))  # down, across; shares of the box
 
@@ -89,28 +91,27 @@ class _Backdrop:
         """The kind and colours that explain most pixels."""
         best, best_share = None, -1.0
         for kind in BACKGROUND_KINDS:
-            candidate = cls._of_kind(kind, rgb, label)
-            if candidate is None:
-                continue
-            distance = np.linalg.norm(lab - to_lab(candidate.predicted), axis=-1)
-            share = float((distance < _SAME).mean()) - (0.0 if kind == "plain" else _PATTERN_PRICE)
-            if share > best_share:
-                best, best_share = candidate, share
+            for candidate in cls._of_kind(kind, rgb, label):
+                distance = np.linalg.norm(lab[::2, ::2] - to_lab(candidate.predicted[::2, ::2]), axis=-1)
+                share = float((distance < _SAME).mean()) - (0.0 if kind == "plain" else _PATTERN_PRICE)
+                if share > best_share:
+                    best, best_share = candidate, share
         assert best is not None
         return best
 
     @classmethod
-    def _of_kind(cls, kind: str, rgb: np.ndarray, label: np.ndarray) -> "_Backdrop | None":
-        """The background of a kind whose colours are the commonest where the pattern has them; None: one colour."""
+    def _of_kind(cls, kind: str, rgb: np.ndarray, label: np.ndarray) -> Iterator["_Backdrop"]:
+        """Backgrounds of a kind, of the colours that are common where the pattern has them."""
         height, width = label.shape
-        amount = np.asarray(pattern_mask(kind, width, height)).astype(np.float32)[..., None] / 255
-        name, first = _commonest(rgb, label, amount[..., 0] < 0.1)
-        if kind == "plain":
-            return cls(Background(kind, name), np.broadcast_to(first, rgb.shape), first, first)
-        other, second = _commonest(rgb, label, amount[..., 0] > 0.9)
-        if other == name:
-            return None
-        return cls(Background(kind, name, other), first + (second - first) * amount, first, second)
+        amount = np.asarray(pattern_mask(kind, width, height)).astype(np.float32) / 255
+        for name, first in _common(rgb, label, amount < 0.1):
+            if kind == "plain":
+                yield cls(Background(kind, name), np.broadcast_to(first, rgb.shape), first, first)
+                continue
+            for other, second in _common(rgb, label, amount > 0.9):
+                if other != name:
+                    predicted = first + (second - first) * amount[..., None]
+                    yield cls(Background(kind, name, other), predicted, first, second)
 
     def differs(self, lab: np.ndarray) -> np.ndarray:
         """Which pixels are neither of the background's colours nor anything between them, bool [height, width].
@@ -122,11 +123,15 @@ class _Backdrop:
         return np.min([np.linalg.norm(lab - mix, axis=-1) for mix in mixes], axis=0) > _SAME
 
 
-def _commonest(rgb: np.ndarray, label: np.ndarray, where: np.ndarray) -> tuple[str, np.ndarray]:
-    """The commonest colour's name among some pixels, and the median of those pixels, RGB [3]."""
-    labels = label[where]
-    name = int(np.bincount(labels, minlength=len(NAMES)).argmax())
-    return NAMES[name], np.median(rgb[where][labels == name], axis=0)
+def _common(rgb: np.ndarray, label: np.ndarray, where: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """One or two colours that are commonest among some pixels: the name, and the median of those pixels, RGB [3].
+
+    Two, because an object may hide most of a gradient's end.
+    """
+    labels, values = label[where], rgb[where]
+    counts = np.bincount(labels, minlength=len(NAMES))
+    names = [int(name) for name in np.argsort(-counts)[:2] if counts[name] > 0.1 * len(labels)]
+    return [(NAMES[name], np.median(values[labels == name], axis=0)) for name in names]
 
 
 def _nearest_names(lab: np.ndarray) -> np.ndarray:
@@ -141,15 +146,15 @@ def _blobs(foreground: np.ndarray, label: np.ndarray) -> list[np.ndarray]:
         pieces, count = ndimage.label(foreground & (label == name))
         if not count:
             continue
-        cores = ndimage.binary_erosion(pieces > 0, np.ones((3, 3)), border_value=1)
+        cores = ndimage.binary_erosion(pieces > 0, np.ones((3, 3)))
         sizes = np.bincount(pieces[cores], minlength=count + 1)
         blobs += [pieces == piece for piece in range(1, count + 1) if sizes[piece] >= _CORE]
     return blobs
 
 
 def _look_at(blob: np.ndarray, blobs: list[np.ndarray], rgb: np.ndarray, backdrop: np.ndarray) -> FoundObject | None:
-    """Colour, extent and shape of a blob; None where nothing is left of it."""
-    core = ndimage.binary_erosion(blob, np.ones((3, 3)), border_value=1)
+    """Colour, extent and shape of a blob; None for a mere rim, which blur leaves between two colours."""
+    core = ndimage.binary_erosion(blob, np.ones((3, 3)))
     colour = np.median(rgb[core], axis=0)
     # How far each pixel near the blob is from the background towards its colour: a mask with soft edges.
     towards = colour - backdrop
@@ -163,8 +168,10 @@ def _look_at(blob: np.ndarray, blobs: list[np.ndarray], rgb: np.ndarray, backdro
     if not len(inside):
         return None
     (top, left), (bottom, right) = inside.min(0), inside.max(0) + 1
-    x, y, size = (left + right) / 2, (top + bottom) / 2, float(max(right - left, bottom - top))
+    x, y, size = float(left + right) / 2, float(top + bottom) / 2, float(max(right - left, bottom - top))
     shape, likeness = _shape(coverage, x, y, size)
+    if likeness < _RIM:
+        return None
     name = NAMES[int(np.argmin(((to_lab(colour) - _palette_lab()) ** 2).sum(-1)))]
     where = place(x, y, rgb.shape[1], rgb.shape[0])
     return FoundObject(shape if likeness >= _LIKENESS else None, name, x, y, size, where, likeness)

@@ -57,10 +57,10 @@ def _background(background: Background, width: int, height: int) -> Image.Image:
 
 
 def _dots(width: int, height: int) -> Image.Image:
-    """Dots of half the period across, one in the middle of each square of the period."""
+    """Dots of five eighths of the period across, one in the middle of each square of the period."""
     mask = Image.new("L", (width * 4, height * 4))
     pen = ImageDraw.Draw(mask)
-    period, radius = PERIOD * 4, PERIOD
+    period, radius = PERIOD * 4, PERIOD * 5 // 4
     for y in range(period // 2, height * 4, period):
         for x in range(period // 2, width * 4, period):
             pen.ellipse((x - radius, y - radius, x + radius - 1, y + radius - 1), fill=255)
