@@ -134,6 +134,18 @@ def put(rng: random.Random, shape: str, colour: str, size: int, where: str, widt
     return None if x is None or y is None else Object(shape, colour, x, y, size)
 
 
+def random_shapes(rng: random.Random) -> tuple[str, ...]:
+    """The shapes that a scene chooses from: mostly the basic ones, at times letters and digits."""
+    return LETTERS + DIGITS if rng.random() < _CHARACTER_SHARE else BASIC_SHAPES
+
+
+def random_object(rng: random.Random, count: int, width: int, height: int) -> Object | None:
+    """An object somewhere in a picture that is to have `count` of them; None where it is too large for its place."""
+    where = rng.choice([name for row in PLACES for name in row])
+    size = random_size(rng, count)
+    return put(rng, rng.choice(random_shapes(rng)), rng.choice(list(COLOURS)), size, where, width, height)
+
+
 def random_size(rng: random.Random, count: int) -> int:
     """A side in pixels, even: small, or big where there is one object, sometimes where there are two."""
     low, high = BIG if rng.random() < {1: 0.5, 2: 0.15, 3: 0.0}[count] else SMALL
@@ -152,8 +164,7 @@ def _attempt(rng: random.Random, count: int, shapes: Sequence[str] | None, forma
         suited = rng.random() < _SUITED_SHARE
         format_name = suited_format(places) if suited else rng.choices(list(FORMATS), _FORMAT_WEIGHTS)[0]
     height, width = FORMATS[format_name]
-    if shapes is None:
-        shapes = LETTERS + DIGITS if rng.random() < _CHARACTER_SHARE else BASIC_SHAPES
+    shapes = shapes or random_shapes(rng)
     colours = [rng.choice(list(COLOURS)) for _ in places]
     if count > 1 and rng.random() < 0.8:  # few scenes repeat a colour: two of one colour say less about who is who
         colours = rng.sample(list(COLOURS), count)
