@@ -94,7 +94,7 @@ class _English:
         if wish.place is None:
             return phrase
         place = self.rng.choice(PLACE_PHRASES["en"][wish.place])
-        return f"{place} {phrase}" if self.rng.random() < 0.1 else f"{phrase} {place}"
+        return f"{place} {phrase}" if self.rng.random() < 0.05 else f"{phrase} {place}"
 
     def several(self, count: int, colour: str | None, shape: str) -> str:
         words = [NUMBERS["en"][count], *([colour] if colour else []), f"{SHAPE_WORDS['en'][shape]}s"]
@@ -129,12 +129,9 @@ class _English:
             )
         ]
         if background is not None:
-            parts.append(
-                choose(
-                    (f"It has {article(background)}.", f"Behind it is {article(background)}.", f"Use a {background}.")
-                )
-            )
-        return " ".join(parts).replace("Use a o", "Use an o")
+            backdrop = article(background)
+            parts.append(choose((f"It has {backdrop}.", f"Behind it is {backdrop}.", f"Use {backdrop}.")))
+        return " ".join(parts)
 
 
 class _Chinese:
@@ -160,10 +157,7 @@ class _Chinese:
         joined = choose(("，", "和")).join(phrases)
         behind = ""
         if background is not None:
-            behind = choose(
-                (f"，{background}", f"，背景是{background.removesuffix('背景')}" + "的背景", f"，{background}")
-            )
-            behind = behind.replace("的的", "的")
+            behind = choose((f"，{background}", f"，{background}", f"，配{background}"))
         if named is not None:
             opening = choose((f"{named}：", f"画一个{named}，", f"{named}，"))
         else:

@@ -50,13 +50,18 @@ class Edit:
         return description(self.after, self.language)
 
 
-def random_edit(rng: random.Random, split: Split, kind: EditKind | None = None) -> Edit:
-    """An edit whose result is a scene of the split, and whose scene before is one, too."""
+def random_edit(rng: random.Random, split: Split, kind: EditKind | None = None, *, complete: bool = False) -> Edit:
+    """An edit whose result is a scene of the split, and whose scene before is one, too.
+
+    `complete`: one that leaves nothing open; otherwise something may be added without a word of where.
+    """
     kind = kind or rng.choice(EDIT_KINDS)
     while True:
         before = split_scene(rng, split)
         edit = _MAKERS[kind](rng, before, random_language(rng))
-        if edit is not None and fits(edit.after) and is_held_out(edit.after) == (split == "held-out"):
+        if edit is None or (complete and edit.wanted != Wanted.whole(edit.after)):
+            continue
+        if fits(edit.after) and is_held_out(edit.after) == (split == "held-out"):
             return edit
 
 
@@ -93,10 +98,9 @@ def _add(rng: random.Random, scene: Scene, language: Language) -> Edit | None:
     colour, shape = COLOUR_WORDS[language][item.colour], SHAPE_WORDS[language][item.shape]
     place = rng.choice(PLACE_PHRASES[language][where])
     if language == "en":
-        text = (
-            rng.choice(("add ", "put ", "also draw ")) + article(f"{colour} {shape}") + (f" {place}" if named else "")
-        )
-        summary = f"{capital(article(f'{colour} {shape}'))} is added {PLACE_PHRASES['en'][where][0]}."
+        thing = article(f"{colour} {shape}")
+        text = f"{rng.choice(('add', 'put', 'also draw'))} {thing}" + (f" {place}" if named else "")
+        summary = f"{capital(thing)} is added {PLACE_PHRASES['en'][where][0]}."
     else:
         text = (f"在{place}" if named else "") + rng.choice(("加", "添加")) + f"一个{colour}{shape}"
         summary = f"{PLACE_PHRASES['zh'][where][0]}加一个{colour}{shape}。"

@@ -1,4 +1,4 @@
-"""Prompts -> what a model should write before it draws: the thought, and the rewrite that decides what was left open."""
+"""Prompts -> what a model should write before it draws: the thought, and the rewrite that decides what is open."""
 
 from .captions import Prompt
 from .marks import WantedObject
@@ -15,8 +15,6 @@ from .words import (
 )
 from .world import format_of
 
-_ASKED = {"en": "asked", "zh": "要求"}
-_CHOSEN = {"en": "my choice", "zh": "自定"}
 _BARE_PLACES = {  # shorter than the phrases: a thought is notes
     "top left": "左上",
     "top": "上",
@@ -63,5 +61,6 @@ def _object_line(item: Object, where: str, wish: WantedObject, language: Languag
 
 
 def _mark(asked: bool, language: Language) -> str:
-    word = (_ASKED if asked else _CHOSEN)[language]
-    return f"({word})" if language == "en" else f"（{word}）"
+    if language == "en":
+        return "(asked)" if asked else "(my choice)"
+    return "" if asked else "（自定）"  # characters are tokens here: what goes without saying is not said
