@@ -1,17 +1,20 @@
 """What was found in a picture against what was wanted."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
+from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from .detect import Found, FoundObject, to_lab
-from .scene import Background, Object, Scene
+from .scene import Background, Scene
+from .words import SHAPE_WORDS, Language, object_phrase
+from .world import BIG, SMALL
 
 _PRESERVED = 12.0  # Lab distance within which a pixel counts as left alone: a VAE's round trip moves it by a few
-_MARGIN = 6  # pixels around a changed object that may differ: soft edges
+_MARGIN = 3  # pixels around what changes that may change, too: soft edges
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Marks:
         count: 1 if there are as many objects as wanted.
         colour, shape, place: of the wanted objects, those that were found with it; one left open counts as right.
         objects: of the wanted objects, those right in all three.
-        background: 1 if kind and colours are right, or were left open.
+        background: 1 if kind and colours are right; None where they were left open.
         all: 1 if the count and every object are right. The background is reported, not asked for.
     """
 
@@ -54,7 +57,7 @@ class Marks:
     shape: float
     place: float
     objects: float
-    background: float
+    background: float | None
     all: float
 
 
@@ -69,28 +72,48 @@ def score_scene(found: Found, wanted: Wanted) -> Marks:
     count = len(found.objects) == total
     colour, shape, place = (sum(hits[i] for hits in pairs) / total for i in range(3))
     right = sum(all(hits) for hits in pairs)
-    background = wanted.background is None or found.background == wanted.background
-    return Marks(float(count), colour, shape, place, right / total, float(background), float(count and right == total))
+    background = None if wanted.background is None else float(found.background == wanted.background)
+    return Marks(float(count), colour, shape, place, right / total, background, float(count and right == total))
 
 
 def average(marks: Sequence[Marks]) -> Marks:
-    """The mean of each mark. `marks` is not empty."""
-    return Marks(*(float(np.mean([getattr(mark, field.name) for mark in marks])) for field in fields(Marks)))
+    """The mean of each mark, of the background where it was asked for. `marks` is not empty."""
+    return Marks(*(mean(getattr(mark, field.name) for mark in marks) for field in fields(Marks)))
 
 
-def preservation(before: np.ndarray, after: np.ndarray, changed: Sequence[Object]) -> float:
-    """The share of pixels outside the changed objects that an edit left alone, 0 to 1; 0 where the sizes differ.
+def mean(values: Iterable[float | bool | None]) -> float | None:
+    """The mean of those that are not None; None if none is left."""
+    there = [float(value) for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
-    `before`, `after`: uint8 [height, width, 3]; `changed`: the objects as they were and as they should be.
+
+def preservation(before: np.ndarray, wanted: np.ndarray, after: np.ndarray) -> float:
+    """Of the pixels that an edit should leave alone, the share that it left alone, 0 to 1; 0 where the sizes differ.
+
+    `before` and `wanted` are drawings of the scenes before and after the edit, `after` is the picture to judge; all
+    uint8 [height, width, 3].
     """
     if before.shape != after.shape:
         return 0.0
-    untouched = np.ones(before.shape[:2], bool)
-    for item in changed:
-        left, top, right, bottom = item.box
-        untouched[max(top - _MARGIN, 0) : bottom + _MARGIN, max(left - _MARGIN, 0) : right + _MARGIN] = False
+    changed = ndimage.binary_dilation((before != wanted).any(-1), np.ones((3, 3)), iterations=_MARGIN)
     distance = np.linalg.norm(to_lab(before.astype(np.float32)) - to_lab(after.astype(np.float32)), axis=-1)
-    return float((distance[untouched] < _PRESERVED).mean())
+    return 1.0 if changed.all() else float((distance[~changed] < _PRESERVED).mean())
+
+
+def rewrite_right(text: str, scene: Scene, language: Language) -> bool:
+    """Whether a rewrite names each object of a scene with its colour and place, and no more objects than there are.
+
+    Sizes may differ, they were left open; so may the background.
+    """
+    for item, where in zip(scene.objects, scene.places, strict=True):
+        for size in (item, replace(item, size=SMALL[0]), replace(item, size=BIG[1])):
+            if object_phrase(size, where, language) in text[:1].lower() + text[1:]:
+                break
+        else:
+            return False
+    shapes = "|".join(re.escape(word) for word in SHAPE_WORDS[language].values())
+    bounds = r"(?:%s)" if language == "zh" else r"\b(?:%s)\b"
+    return len(re.findall(bounds % shapes, text)) == len(scene.objects)
 
 
 def answer_right(answer: str, expected: str) -> bool:

@@ -28,7 +28,7 @@ _INSIDE = 3  # pixels between an object's centre and the border of its third
 _HELD_OUT = 16  # one arrangement of objects in so many is kept from training
 
 
-def stream(split: Split, seed: int) -> random.Random:
+def stream(split: Split, seed: int | str) -> random.Random:
     """The generator of a split; equal seeds of different splits share nothing."""
     return random.Random(f"{split}:{seed}")
 

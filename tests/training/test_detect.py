@@ -11,8 +11,9 @@ from PIL import Image, ImageFilter
 
 from training.detect import detect
 from training.draw import draw, draw_array
-from training.marks import Wanted, answer_right, preservation, score_scene
+from training.marks import Wanted, answer_right, preservation, rewrite_right, score_scene
 from training.scene import BACKGROUND_KINDS, COLOURS, SHAPES, Background, Object, Scene
+from training.words import description
 from training.world import fits, scenes, stands_out
 
 WHITE = Background("plain", "white")
@@ -120,12 +121,27 @@ def test_a_shapeless_blob_is_no_shape():
 
 
 def test_preservation_counts_what_changed_elsewhere():
-    after = BOTH.with_object(0, colour="green")
-    assert preservation(draw_array(BOTH), draw_array(after), (CIRCLE, after.objects[0])) == 1
-    assert preservation(draw_array(BOTH), draw_array(after), ()) < 0.95
-    pink = Scene(128, 128, Background("plain", "pink"), after.objects)
-    assert preservation(draw_array(BOTH), draw_array(pink), (CIRCLE,)) < 0.2
-    assert preservation(draw_array(BOTH), draw_array(BOTH)[:64], ()) == 0
+    before, wanted = draw_array(BOTH), draw_array(BOTH.with_object(0, colour="green"))
+    assert preservation(before, wanted, wanted) == 1
+    assert preservation(before, wanted, before) == 1  # it is not success
+    assert preservation(before, wanted, draw_array(BOTH.with_object(1, colour="green"))) < 0.95
+    pink = Scene(128, 128, Background("plain", "pink"), BOTH.objects)
+    assert preservation(before, wanted, draw_array(pink)) < 0.2
+    assert preservation(before, draw_array(pink), draw_array(pink)) == 1
+    starless = draw_array(Scene(128, 128, pink.background, (CIRCLE,)))
+    assert preservation(before, draw_array(pink), starless) < 0.9
+    assert preservation(before, wanted, wanted[:64]) == 0
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_rewrite_is_right_when_it_names_the_objects_and_no_others(language):
+    text = description(BOTH, language)
+    assert rewrite_right(text, BOTH, language)
+    assert rewrite_right(description(BOTH.with_object(0, size=64), language), BOTH, language)
+    for change in ({"colour": "green"}, {"shape": "ring"}, {"x": 64}):
+        assert not rewrite_right(description(BOTH.with_object(1, **change), language), BOTH, language)
+    assert not rewrite_right(text, Scene(128, 128, WHITE, (CIRCLE,)), language)
+    assert not rewrite_right("", BOTH, language)
 
 
 def test_answers_are_compared_by_their_words():
