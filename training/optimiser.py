@@ -6,6 +6,7 @@ training"), which gives them AdamW's size, so that one learning rate and one wei
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -59,10 +60,15 @@ class Optimiser:
             return norm
         self.steps += 1
         shrink = min(1.0, self.config.clip / (norm + 1e-6))
-        for name, gradient in gradients.items():
-            if shrink < 1:
-                gradient = gradient * shrink
-            self._muon(name, gradient, factor) if name in self.matrices else self._adam(name, gradient, factor)
+        if shrink < 1:
+            gradients = {name: gradient * shrink for name, gradient in gradients.items()}
+        for name in gradients.keys() - self.matrices:
+            self._adam(name, gradients[name], factor)
+        alike: dict[tuple[int, ...], list[str]] = defaultdict(list)  # orthogonalised together, which is faster
+        for name in gradients.keys() & self.matrices:
+            alike[self.masters[name].shape].append(name)
+        for names in alike.values():
+            self._muon(sorted(names), gradients, factor)
         keep = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
         for name, master in self.masters.items():
             self.average[name].lerp_(master, 1 - keep)
@@ -101,14 +107,20 @@ class Optimiser:
             master.mul_(1 - rate * config.decay)
         master.addcdiv_(first, unbiased.sqrt_().add_(1e-8), value=-rate / (1 - beta1**self.steps))
 
-    def _muon(self, name: str, gradient: Tensor, factor: float) -> None:
-        config, master = self.config, self.masters[name]
-        momentum = self.first[name].lerp_(gradient, 1 - config.momentum)
-        direction = gradient.lerp(momentum, config.momentum)  # Nesterov's
-        matrix = direction.flatten(1) if direction.ndim == 4 else direction
-        step = orthogonalised(matrix) * (0.2 * math.sqrt(max(matrix.shape[-2:])))
+    def _muon(self, names: list[str], gradients: Mapping[str, Tensor], factor: float) -> None:
+        """Steps parameters of one shape."""
+        config = self.config
+        directions = []
+        for name in names:
+            momentum = self.first[name].lerp_(gradients[name], 1 - config.momentum)
+            direction = gradients[name].lerp(momentum, config.momentum)  # Nesterov's
+            directions.append(direction.flatten(1) if direction.ndim == 4 else direction)
+        matrices = torch.stack(directions)
+        steps = orthogonalised(matrices) * (0.2 * math.sqrt(max(matrices.shape[-2:])))
         rate = config.muon_rate * factor
-        master.mul_(1 - rate * config.decay).add_(step.view_as(master), alpha=-rate)
+        for name, step in zip(names, steps, strict=True):
+            master = self.masters[name]
+            master.mul_(1 - rate * config.decay).add_(step.view_as(master), alpha=-rate)
 
 
 def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:

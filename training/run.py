@@ -1,6 +1,8 @@
 """Trains a stage for some minutes, from where its state file left off.
 
-    python -m training.run vae --minutes 30 --state vae.pt
+    python -m training.run vae --minutes 60 --state vae.pt
+    python -m training.run transformer --minutes 60 --state transformer.pt --vae vae.pt
+    python -m training.run export --state transformer.pt --out checkpoints/hunyuan3-tiny-instruct
 
 The run may be killed at any time: it goes on from the last state that was written. A line of averages is added to a
 CSV beside the state every half minute.
@@ -11,12 +13,16 @@ import csv
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from tokenizers import Tokenizer
 
 from .state import load_state, save_state
+from .tokenizer import train_tokenizer
+from .transformer import TransformerStage, TransformerStageConfig
 from .vae import VAEStage, VAEStageConfig
 
 LOG_SECONDS = 30.0
@@ -80,17 +86,45 @@ def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str
     _log.info("%s", " ".join(f"{key} {value}" for key, value in line.items()))
 
 
+def transformer_stage(state: Path, vae: Path | None, config: TransformerStageConfig) -> TransformerStage:
+    """The second stage: as its own state file has it, or new, beside the VAE of the first stage's state file."""
+    if state.exists():
+        saved = load_state(state)["stage"]
+        tokenizer = Tokenizer.from_str(saved["tokenizer"])
+        return TransformerStage(config, tokenizer, saved["vae"], tuple(saved["scaling"]))
+    if vae is None or not vae.exists():
+        raise SystemExit("A new transformer needs --vae, the state of the first stage.")
+    return TransformerStage(config, train_tokenizer(), load_state(vae)["stage"]["optimiser"]["average"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.run", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("vae",))
+    parser.add_argument("stage", choices=("vae", "transformer", "export"))
     parser.add_argument("--minutes", type=float, default=60.0, help="after which to stop and save")
     parser.add_argument("--state", type=Path, help="state file (default: STAGE.pt); its log lies beside it")
+    parser.add_argument("--vae", type=Path, help="the VAE's state, for a new transformer")
+    parser.add_argument("--out", type=Path, help="folder to export to")
+    parser.add_argument("--steps", type=int, default=0, help="of the whole stage, for its schedule (0: its config's)")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)
-    train(VAEStage(VAEStageConfig()), args.state or Path(f"{args.stage}.pt"), args.minutes)
+    if args.stage == "vae":
+        config = VAEStageConfig()
+        state = args.state or Path("vae.pt")
+        train(VAEStage(replace(config, steps=args.steps or config.steps)), state, args.minutes)
+        return
+    config = TransformerStageConfig()
+    state = args.state or Path("transformer.pt")
+    stage = transformer_stage(state, args.vae, replace(config, steps=args.steps or config.steps))
+    if args.stage == "transformer":
+        train(stage, state, args.minutes)
+    elif args.out is None:
+        raise SystemExit("--out is missing: the folder to export to.")
+    else:
+        stage.restore(load_state(state)["stage"], plan=False)
+        _log.info("%s: step %d", stage.export(args.out), stage.done)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """First stage: the VAE, trained on scenes as a flat network (see `flat_vae`)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -44,8 +44,10 @@ class VAEStageConfig:
     """
 
     vae: VAEConfig = TINY_VAE
-    optimiser: OptimiserConfig = OptimiserConfig(rate=2e-3, muon_rate=2e-3, betas=(0.9, 0.99), decay=0.0, ema=0.998)
-    steps: int = 4000
+    optimiser: OptimiserConfig = field(
+        default_factory=lambda: OptimiserConfig(rate=2e-3, muon_rate=2e-3, betas=(0.9, 0.99), decay=0.0, ema=0.998)
+    )
+    steps: int = 2600
     warmup: int = 100
     crop_share: float = 0.6
     crop: int = 64
