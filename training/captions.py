@@ -91,10 +91,7 @@ class _English:
             phrase = f"{article(' '.join([*size, shape]))} in {wish.colour}"
         else:
             phrase = article(" ".join([*size, *([wish.colour] if wish.colour else []), shape]))
-        if wish.place is None:
-            return phrase
-        place = self.rng.choice(PLACE_PHRASES["en"][wish.place])
-        return f"{place} {phrase}" if self.rng.random() < 0.05 else f"{phrase} {place}"
+        return phrase if wish.place is None else f"{phrase} {self.rng.choice(PLACE_PHRASES['en'][wish.place])}"
 
     def several(self, count: int, colour: str | None, shape: str) -> str:
         words = [NUMBERS["en"][count], *([colour] if colour else []), f"{SHAPE_WORDS['en'][shape]}s"]
@@ -160,6 +157,8 @@ class _Chinese:
             behind = choose((f"，{background}", f"，{background}", f"，配{background}"))
         if named is not None:
             opening = choose((f"{named}：", f"画一个{named}，", f"{named}，"))
+        elif any("有一" in phrase for phrase in phrases):
+            opening = choose(("", "画一张图："))
         else:
             opening = choose(("", "", "画", "请画", "画面上有", "画一张图："))
         return f"{opening}{joined}{behind}{choose(('。', ''))}"
