@@ -31,7 +31,7 @@ from .exam import DrawingTask, QuestionTask, Task, exam
 from .marks import answer_right, preservation, rewrite_right, score_scene
 from .results import Result, Results
 
-_CEILING_PICTURES = 300
+_CEILING_PICTURES = 200
 _CEILINGS = {"one-object": 1, "two-object": 2, "three-object": 3}
 _GATE = {"one-object": 0.97, "two-object": 0.95}  # what the VAE must reach before the transformer is worth training
 _GREY = (128, 128, 128)
