@@ -49,7 +49,7 @@ class Batch:
         rows: the geometry; its ids are those of the first row.
         ids: (R, N) int64.
         targets: (R, N) int64, the token to be predicted at each position, NO_TARGET where there is none.
-        shared: length of the beginning that all rows have in common.
+        shared: length of the beginning that all rows have in common, before anything is to be learned.
     """
 
     scenes: tuple[int, ...]
@@ -96,8 +96,9 @@ def collate(rows: Sequence[Row], tokens: SpecialTokens, dropout: float, rng: ran
         else:
             ids.append(conditional.ids)
             targets.append(next_tokens(conditional.ids, tokens))
-    columns = zip(*ids, strict=True)
-    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    columns = enumerate(zip(*ids, strict=True))
+    learned = {position for row in targets for position, target in enumerate(row) if target != NO_TARGET}
+    shared = sum(1 for _ in takewhile(lambda item: len(set(item[1])) == 1 and item[0] not in learned, columns))
     return Batch(
         scenes=tuple(row.scene for row in rows),
         rows=rows[0].rows,
