@@ -15,7 +15,7 @@ from .scene import Scene
 from .vae import to_pixels
 from .world import split_scene, stream
 
-_BATCH = 16
+_BATCH = 32
 
 
 @dataclass(frozen=True)

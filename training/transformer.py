@@ -46,13 +46,13 @@ class TransformerStageConfig:
     """
 
     sizes: Sizes = field(default_factory=Sizes)
-    optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(rate=1.5e-3, muon_rate=4e-3))
-    steps: int = 7000
+    optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(rate=1.5e-3, muon_rate=3e-3))
+    steps: int = 5500
     warmup: int = 150
     decay_share: float = 0.4
     rows: int = 24
     samples: int = 4
-    shard: int = 12288
+    shard: int = 8192
     lessons: int = 24576
     shards_reused: int = 2
     complete: float = 0.5
@@ -87,7 +87,7 @@ class TransformerStage:
         self.config = config
         self.tokenizer = tokenizer
         self.vae_state = {name: tensor.to(torch.bfloat16) for name, tensor in vae_state.items()}
-        self.vae = FlatVAE(TINY_VAE).requires_grad_(False)
+        self.vae = FlatVAE(TINY_VAE, compute).requires_grad_(False)
         self.vae.load_state_dict({name: tensor.float() for name, tensor in self.vae_state.items()})
         self.scaling = scaling or scaling_of(self.vae, config.seed)
         self.vae_config = replace(TINY_VAE, shift_factor=self.scaling[0], scaling_factor=self.scaling[1])

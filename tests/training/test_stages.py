@@ -33,7 +33,7 @@ def test_transformer_learns(small_stage: Callable[..., TransformerStage]) -> Non
     words = [record["words"] for record in records if "words" in record]
     flow = [record["flow"] for record in records]
     assert sum(flow[-4:]) < sum(flow[:4])
-    assert sum(words[-4:]) < 0.9 * sum(words[:4])
+    assert sum(words[-4:]) < 0.95 * sum(words[:4])
 
 
 @pytest.mark.parametrize("kind", ["vae", "transformer"])
