@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import nn
 
 from hunyuan3.checkpoint.index import INDEX_NAME
 from hunyuan3.checkpoint.keymap import ROUTER_SUFFIX, Slot
@@ -167,11 +166,6 @@ def write_folder(
         out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(sorted(tensors), file)}
     )
     return out
-
-
-def parameters_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's parameters by name, detached."""
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
 def _published(state: Mapping[str, torch.Tensor], slot: Slot) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Trains a stage for some minutes, from where its state file left off.
 
     python -m training.run vae --minutes 60 --state vae.pt
-    python -m training.run transformer --minutes 60 --state transformer.pt --vae vae.pt
-    python -m training.run export --state transformer.pt --out checkpoints/hunyuan3-tiny-instruct
+    python -m training.run transformer --minutes 60 --state transformer.pt --start vae.pt
+    python -m training.run instruct --minutes 60 --state instruct.pt --start transformer.pt
+    python -m training.run export --state instruct.pt --out checkpoints/hunyuan3-tiny-instruct
 
 The run may be killed at any time: it goes on from the last state that was written. A line of averages is added to a
 CSV beside the state every half minute.
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from tokenizers import Tokenizer
 
+from .lessons import Curriculum
 from .state import load_state, save_state
 from .tokenizer import train_tokenizer
 from .transformer import TransformerStage, TransformerStageConfig
@@ -86,23 +88,41 @@ def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str
     _log.info("%s", " ".join(f"{key} {value}" for key, value in line.items()))
 
 
-def transformer_stage(state: Path, vae: Path | None, config: TransformerStageConfig) -> TransformerStage:
-    """The second stage: as its own state file has it, or new, beside the VAE of the first stage's state file."""
+INSTRUCT = TransformerStageConfig(
+    curriculum=Curriculum(edits=0.25, fusions=0.05, questions=0.2, complete=0.7, rewritten=0.2, thought=0.15),
+    steps=4000,
+    seed=1,
+)
+
+
+def transformer_stage(config: TransformerStageConfig, state: Path, vae: Path | None = None) -> TransformerStage:
+    """A stage beside the VAE that its state file brings; where there is none, beside that of the first stage's file."""
     if state.exists():
         saved = load_state(state)["stage"]
         tokenizer = Tokenizer.from_str(saved["tokenizer"])
         return TransformerStage(config, tokenizer, saved["vae"], tuple(saved["scaling"]))
     if vae is None or not vae.exists():
-        raise SystemExit("A new transformer needs --vae, the state of the first stage.")
+        raise SystemExit("A new transformer needs --start, the state of the VAE's stage.")
     return TransformerStage(config, train_tokenizer(), load_state(vae)["stage"]["optimiser"]["average"])
+
+
+def instruct_stage(config: TransformerStageConfig, state: Path, start: Path | None) -> TransformerStage:
+    """The third stage; where it has no state file, it starts from the averaged weights of the second stage's file."""
+    if state.exists():
+        return transformer_stage(config, state)
+    if start is None or not start.exists():
+        raise SystemExit("A new instruct stage needs --start, the state of the transformer's stage.")
+    stage = transformer_stage(config, start)
+    stage.start_from(load_state(start)["stage"])
+    return stage
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.run", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("vae", "transformer", "export"))
+    parser.add_argument("stage", choices=("vae", "transformer", "instruct", "export"))
     parser.add_argument("--minutes", type=float, default=60.0, help="after which to stop and save")
     parser.add_argument("--state", type=Path, help="state file (default: STAGE.pt); its log lies beside it")
-    parser.add_argument("--vae", type=Path, help="the VAE's state, for a new transformer")
+    parser.add_argument("--start", type=Path, help="the state file of the stage before, where a stage begins")
     parser.add_argument("--out", type=Path, help="folder to export to")
     parser.add_argument("--steps", type=int, default=0, help="of the whole stage, for its schedule (0: its config's)")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
@@ -110,21 +130,21 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.stage == "vae":
-        config = VAEStageConfig()
-        state = args.state or Path("vae.pt")
-        train(VAEStage(replace(config, steps=args.steps or config.steps)), state, args.minutes)
-        return
-    config = TransformerStageConfig()
-    state = args.state or Path("transformer.pt")
-    stage = transformer_stage(state, args.vae, replace(config, steps=args.steps or config.steps))
-    if args.stage == "transformer":
-        train(stage, state, args.minutes)
-    elif args.out is None:
-        raise SystemExit("--out is missing: the folder to export to.")
-    else:
-        stage.restore(load_state(state)["stage"], plan=False)
-        _log.info("%s: step %d", stage.export(args.out), stage.done)
+    state = args.state or Path(f"{args.stage}.pt")
+    steps = {"steps": args.steps} if args.steps else {}
+    match args.stage:
+        case "vae":
+            train(VAEStage(replace(VAEStageConfig(), **steps)), state, args.minutes)
+        case "transformer":
+            train(transformer_stage(replace(TransformerStageConfig(), **steps), state, args.start), state, args.minutes)
+        case "instruct":
+            train(instruct_stage(replace(INSTRUCT, **steps), state, args.start), state, args.minutes)
+        case "export":
+            if args.out is None or not state.exists():
+                raise SystemExit("--state and --out say what to export, and where to.")
+            stage = transformer_stage(TransformerStageConfig(), state)
+            stage.restore(load_state(state)["stage"], plan=False)
+            _log.info("%s: step %d", stage.export(args.out), stage.done)
 
 
 if __name__ == "__main__":

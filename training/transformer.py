@@ -13,19 +13,21 @@ from torch.nn import functional as F
 
 from hunyuan3.config import ModelConfig
 from hunyuan3.folder import ModelFolder
+from hunyuan3.image.preprocess import vision_patches
 from hunyuan3.moe.layer import MoELayer
 
 from .attention import attend_products
-from .captions import random_prompt
+from .draw import draw
 from .experts import Balance, run_experts
-from .export import Sizes, config_json, parameters_of, write_folder
+from .export import Sizes, config_json, write_folder
 from .flat_vae import FlatVAE, volumetric
 from .initial import initial_transformer, initial_vision
-from .joint import joint_pass
-from .latents import Shard, encode_shard, scaling_of
+from .joint import Shown, joint_pass
+from .latents import encode_scenes, scaling_of
+from .lessons import Curriculum, make_lessons
 from .optimiser import Optimiser, OptimiserConfig, trapezoid
-from .rows import Batch, Lesson, collate, in_batches, lay_out
-from .thoughts import rewrite, thought
+from .rows import Batch, Row, collate, in_batches, lay_out
+from .scene import Scene
 from .vae import TINY_VAE
 
 
@@ -34,43 +36,54 @@ class TransformerStageConfig:
     """Lengths, shares and weights of the stage.
 
     Attributes:
+        curriculum: what is taught.
         rows, samples: R texts per step, and how many noise levels of its picture each of them sees.
-        shard: scenes that are encoded at a time. lessons: rows laid out of a shard, each scene several times.
-        shards_reused: epochs, of `lessons` rows each, before new scenes are encoded.
-        complete: share of prompts that leave neither colour nor place open.
-        rewritten, thought: shares of lessons with a rewrite, and with a thought before it.
-        without_system: share of lessons without the system prompt.
+        lessons: of an epoch; each epoch has its own scenes, which are encoded at its beginning.
+        repeats: how often an epoch's lessons are gone through.
         dropout: share of rows that are their unconditional branch (Ho and Salimans 2022).
         shift, uniform: noise levels are logit-normal, shifted towards noise (Esser et al. 2024), a share uniform.
         words, balance: weights of the next-token and the load-balancing loss beside the flow matching loss.
+        posterior: deviation of the noise on input pictures' latents, which inference draws from their posterior.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
+    curriculum: Curriculum = field(default_factory=Curriculum)
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(rate=1.5e-3, muon_rate=3e-3))
     steps: int = 5500
     warmup: int = 150
     decay_share: float = 0.4
     rows: int = 24
     samples: int = 4
-    shard: int = 8192
     lessons: int = 24576
-    shards_reused: int = 2
-    complete: float = 0.5
-    rewritten: float = 0.25
-    thought: float = 0.05
-    without_system: float = 0.1
+    repeats: int = 2
     dropout: float = 0.1
     shift: float = 2.0
     uniform: float = 0.2
     words: float = 0.1
     balance: float = 0.01
+    posterior: float = 0.05
     seed: int = 0
 
 
-class TransformerStage:
-    """Trains the transformer beside a finished VAE. A step's data and noise depend on its number alone.
+@dataclass(frozen=True)
+class Epoch:
+    """Lessons laid out in batches, with what they speak of.
 
-    compute: the dtype of the network itself; its float32 masters are the optimiser's. The VAE travels with the state.
+    number: from 0. first: the step that it begins with. latents: of each scene, scaled, bfloat16.
+    """
+
+    number: int
+    first: int
+    scenes: tuple[Scene, ...]
+    latents: tuple[torch.Tensor, ...]
+    batches: tuple[list[Row], ...]
+
+
+class TransformerStage:
+    """Trains transformer and vision tower beside a finished VAE. A step's data and noise depend on its number alone.
+
+    compute: the dtype of the networks themselves; their float32 masters are the optimiser's. The VAE and the
+    vocabulary travel with the state.
     """
 
     name = "transformer"
@@ -93,40 +106,49 @@ class TransformerStage:
         self.vae_config = replace(TINY_VAE, shift_factor=self.scaling[0], scaling_factor=self.scaling[1])
         self.json = config_json(tokenizer, self.vae_config, config.sizes)
         model_config = ModelConfig.from_json(self.json)
-        model = initial_transformer(model_config, config.seed)
-        self.vision_state = parameters_of(initial_vision(model_config, config.seed))
-        self.optimiser = Optimiser(dict(model.named_parameters()), _matrices(model), config.optimiser)
-        self.model = model.to(compute)
+        self.model = initial_transformer(model_config, config.seed)
+        self.vision = initial_vision(model_config, config.seed)
+        self.optimiser = Optimiser(self._parameters(), _matrices(self.model, self.vision), config.optimiser)
+        self.model.to(compute)
+        self.vision.to(compute)
         for layer in self.model.layers:
             assert isinstance(layer.mlp, MoELayer)
             layer.mlp.backend = run_experts
             layer.self_attn.attend = attend_products
         self.balance = Balance(self.model)
-        self.optimiser.parameters = dict(self.model.named_parameters())
         self.folder = self._folder()
         self.done = 0
-        self._shard: tuple[int, Shard] | None = None
-        self._epoch: tuple[int, list[Any]] | None = None
-        self._first_step = 0
+        self._epoch: Epoch | None = None
 
     def step(self) -> dict[str, float]:
         """One update; returns what the log records."""
         config = self.config
-        batch, clean = self._batch()
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.done)
-        samples = min(2 * config.samples, config.rows * config.samples // len(batch.ids))  # fewer rows are seen oftener
-        clean = clean.float().repeat_interleave(samples, 0)
-        sigmas = noise_levels(len(batch.ids), samples, config.shift, config.uniform, generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        level = sigmas[:, None, None, None]
-        velocity, logits, targets = joint_pass(self.model, batch, (1 - level) * clean + level * noise, sigmas)
-        flow = (velocity - (noise - clean)).square().mean()
-        loss = flow + config.balance * self.balance.take()
-        record = {"flow": flow.item()}
-        if len(targets):
-            words = F.cross_entropy(logits, targets)
+        epoch = self._current_epoch()
+        rows = self._rows(epoch)
+        rng = random.Random(f"rows:{config.seed}:{self.done}")
+        batch = collate(rows, self.folder.tokens, config.dropout, rng)
+        shown = [self._shown(epoch, batch, place, generator) for place in range(len(batch.lessons[0].inputs))]
+        record: dict[str, float] = {}
+        if batch.lessons[0].scene is None:
+            predicted = joint_pass(self.model, self.vision, batch, shown)
+            loss = config.balance * self.balance.take()
+        else:
+            samples = min(2 * config.samples, config.rows * config.samples // len(batch.ids))
+            clean = torch.stack([epoch.latents[lesson.scene] for lesson in batch.lessons])
+            clean = clean.float().repeat_interleave(samples, 0)
+            sigmas = noise_levels(len(batch.ids), samples, config.shift, config.uniform, generator)
+            noise = torch.randn(clean.shape, generator=generator)
+            level = sigmas[:, None, None, None]
+            noisy = (1 - level) * clean + level * noise
+            predicted = joint_pass(self.model, self.vision, batch, shown, noisy, sigmas)
+            flow = (predicted.velocity - (noise - clean)).square().mean()
+            record["flow_shown" if shown else "flow"] = flow.item()
+            loss = flow + config.balance * self.balance.take()
+        if len(predicted.targets):
+            words = F.cross_entropy(predicted.logits, predicted.targets)
             loss = loss + config.words * words
-            record["words"] = words.item()
+            record["answer" if batch.lessons[0].scene is None else "words"] = words.item()
         loss.backward()
         record["norm"] = self.optimiser.step(trapezoid(self.done, config.steps, config.warmup, config.decay_share))
         self.done += 1
@@ -139,25 +161,33 @@ class TransformerStage:
             "optimiser": self.optimiser.state(),
             "vae": self.vae_state,
             "scaling": list(self.scaling),
-            "vision": self.vision_state,
-            "epoch": [self._epoch[0] if self._epoch else 0, self._first_step],
+            "epoch": [0, 0] if self._epoch is None else [self._epoch.number, self._epoch.first],
         }
 
     def restore(self, state: Mapping[str, Any], plan: bool = True) -> None:
         """Goes on from a state. plan: lay out the epoch's lessons as well, which an export does not need."""
         self.done = int(state["done"])
         self.optimiser.restore(state["optimiser"])
-        epoch, self._first_step = state["epoch"]
         if plan:
-            self._epoch = (epoch, self._plan(epoch))
+            self._epoch = self._plan(*state["epoch"])
+
+    def start_from(self, state: Mapping[str, Any]) -> None:
+        """Begins a stage with the averaged weights that another one ended with; moments and steps start anew."""
+        average = state["optimiser"]["average"]
+        self.optimiser.restore({"masters": average, "average": average, "steps": 0})
 
     def export(self, out: Path, average: bool = True) -> Path:
         """Writes the checkpoint folder, with the averaged weights or the last ones."""
-        weights = self.optimiser.average if average else self.optimiser.masters
-        return self._write(out, weights)
+        return self._write(out, self.optimiser.average if average else self.optimiser.masters)
+
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The transformer's by their names, the vision tower's below `vision.`."""
+        seeing = {f"{_VISION}{name}": parameter for name, parameter in self.vision.named_parameters()}
+        return {**dict(self.model.named_parameters()), **seeing}
 
     def _write(self, out: Path, weights: Mapping[str, torch.Tensor]) -> Path:
-        states = {"transformer": weights, "vae": volumetric(self.vae_state), "vision": self.vision_state}
+        seeing = {name.removeprefix(_VISION): tensor for name, tensor in weights.items() if name.startswith(_VISION)}
+        states = {"transformer": weights, "vae": volumetric(self.vae_state), "vision": seeing}
         return write_folder(out, self.tokenizer, self.json, states)
 
     def _folder(self) -> ModelFolder:
@@ -167,53 +197,45 @@ class TransformerStage:
             assert folder.fingerprint  # reads the files' times, once
             return folder
 
-    def _batch(self) -> tuple[Batch, torch.Tensor]:
-        """This step's rows and their clean latents (R, C, h, w)."""
+    def _current_epoch(self) -> Epoch:
+        """The epoch of this step, made anew where the last one is over."""
         if self._epoch is None:
-            self._epoch = (0, self._plan(0))
-        number, batches = self._epoch
-        if self.done - self._first_step >= len(batches):
-            number, self._first_step = number + 1, self.done
-            batches = self._plan(number)
-            self._epoch = (number, batches)
-        rows = batches[self.done - self._first_step]
-        rng = random.Random(f"rows:{self.config.seed}:{self.done}")
-        batch = collate(rows, self.folder.tokens, self.config.dropout, rng)
-        latents = self._shard_of(number).latents
-        return batch, torch.stack([latents[scene] for scene in batch.scenes])
+            self._epoch = self._plan(0, 0)
+        if self.done - self._epoch.first >= len(self._epoch.batches) * self.config.repeats:
+            self._epoch = self._plan(self._epoch.number + 1, self.done)
+        return self._epoch
 
-    def _plan(self, epoch: int) -> list[Any]:
-        """The batches of an epoch, in their order."""
+    def _plan(self, number: int, first: int) -> Epoch:
         config = self.config
-        rng = random.Random(f"lessons:{config.seed}:{epoch}")
-        scenes = self._shard_of(epoch).scenes
-        lessons = [self._lesson(rng, index % len(scenes), scenes) for index in range(config.lessons)]
-        rows = (lay_out(self.folder, lesson) for lesson in lessons)
-        return in_batches(rows, config.rows, max(1, config.rows // 4), rng)
+        rng = random.Random(f"lessons:{config.seed}:{number}")
+        scenes, lessons = make_lessons(rng, config.lessons, config.curriculum)
+        rows = (lay_out(self.folder, lesson, scenes) for lesson in lessons)
+        batches = in_batches(rows, config.rows, max(1, config.rows // 4), rng)
+        latents = encode_scenes(self.vae, self.vae_config, scenes)
+        return Epoch(number, first, scenes, latents, tuple(batches))
 
-    def _lesson(self, rng: random.Random, index: int, scenes: Any) -> Lesson:
-        config, scene = self.config, scenes[index]
-        prompt = random_prompt(rng, scene, complete=rng.random() < config.complete)
-        trace, kind = "", rng.random()
-        if kind < config.thought:
-            trace = f"<think>{thought(prompt, scene)}</think>"
-        if kind < config.thought + config.rewritten:
-            trace += f"<recaption>{rewrite(scene, prompt.language)}</recaption>"
-        return Lesson(
-            scene=index,
-            prompt=prompt.text,
-            trace=trace,
-            ratio=self.folder.resolutions.nearest(scene.height, scene.width),
-            system_prompt="None" if rng.random() < config.without_system else "auto",
-        )
+    def _rows(self, epoch: Epoch) -> list[Row]:
+        """This step's rows. Each time through, the batches come in another order."""
+        turn, place = divmod(self.done - epoch.first, len(epoch.batches))
+        order = list(range(len(epoch.batches)))
+        random.Random(f"order:{epoch.number}:{turn}").shuffle(order)
+        return epoch.batches[order[place]]
 
-    def _shard_of(self, epoch: int) -> Shard:
-        config = self.config
-        number = epoch // config.shards_reused
-        if self._shard is None or self._shard[0] != number:
-            seed = config.seed * 1_000_003 + number
-            self._shard = (number, encode_shard(self.vae, self.vae_config, seed, config.shard))
-        return self._shard[1]
+    def _shown(self, epoch: Epoch, batch: Batch, place: int, generator: torch.Generator) -> Shown:
+        """The input pictures at one place of a batch's rows."""
+        settings = self.folder.config.vision
+        numbers = [lesson.inputs[place] for lesson in batch.lessons]
+        latents = torch.stack([epoch.latents[number] for number in numbers]).float()
+        deviation = self.config.posterior * self.vae_config.scaling_factor
+        patches = [
+            vision_patches(
+                draw(epoch.scenes[number]),
+                max_num_patches=settings.max_num_patches,
+                patch_size=settings.patch_size,
+            )
+            for number in numbers
+        ]
+        return Shown(latents + deviation * torch.randn(latents.shape, generator=generator), patches)
 
 
 def noise_levels(rows: int, samples: int, shift: float, uniform: float, generator: torch.Generator) -> torch.Tensor:
@@ -228,7 +250,11 @@ def noise_levels(rows: int, samples: int, shift: float, uniform: float, generato
     return torch.where(is_uniform, part, shifted).flatten()
 
 
-def _matrices(model: torch.nn.Module) -> list[str]:
-    """The parameters that Muon steps: matrices inside the stack, and the convolutions beside it but for the last."""
+def _matrices(model: torch.nn.Module, vision: torch.nn.Module) -> list[str]:
+    """The parameters that Muon steps: matrices inside the stacks, and the convolutions beside them but for the last."""
     inside = ("qkv_proj", "o_proj", "experts", "shared_mlp", ".conv1.", ".conv2.", ".skip.")
-    return [n for n, p in model.named_parameters() if p.ndim > 1 and any(part in n for part in inside)]
+    found = [n for n, p in model.named_parameters() if p.ndim > 1 and any(part in n for part in inside)]
+    return found + [f"{_VISION}{n}" for n, p in vision.named_parameters() if p.ndim > 1 and ".layers." in n]
+
+
+_VISION = "vision."

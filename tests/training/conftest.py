@@ -1,6 +1,7 @@
 """A second stage small enough for tests: few and narrow layers, a vocabulary of bytes, a VAE with random weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from training.export import Sizes
 from training.flat_vae import FlatVAE
+from training.lessons import Curriculum
 from training.tokenizer import control_tokens
 from training.transformer import TransformerStage, TransformerStageConfig
 from training.vae import TINY_VAE
@@ -18,9 +20,9 @@ SMALL = TransformerStageConfig(
     warmup=4,
     rows=6,
     samples=2,
-    shard=12,
-    lessons=48,
+    lessons=30,
 )
+INSTRUCT = Curriculum(edits=0.3, fusions=0.1, questions=0.3)
 
 
 @pytest.fixture(scope="session")
@@ -36,11 +38,12 @@ def vocabulary() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def small_stage(vocabulary: Tokenizer) -> Callable[..., TransformerStage]:
-    """Makes the stage; equal dtypes give equal stages."""
+    """Makes the stage; equal arguments give equal stages."""
     torch.manual_seed(0)
     vae = FlatVAE(TINY_VAE).state_dict()
 
-    def make(compute: torch.dtype = torch.float32) -> TransformerStage:
-        return TransformerStage(SMALL, vocabulary, vae, scaling=(0.0, 1.0), compute=compute)
+    def make(compute: torch.dtype = torch.float32, instruct: bool = False) -> TransformerStage:
+        config = replace(SMALL, curriculum=INSTRUCT) if instruct else SMALL
+        return TransformerStage(config, vocabulary, vae, scaling=(0.0, 1.0), compute=compute)
 
     return make

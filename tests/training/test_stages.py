@@ -36,12 +36,20 @@ def test_transformer_learns(small_stage: Callable[..., TransformerStage]) -> Non
     assert sum(words[-10:]) < 0.9 * sum(words[:10])
 
 
+def test_instruction_teaches_pictures_and_answers(small_stage: Callable[..., TransformerStage]) -> None:
+    stage = small_stage(instruct=True)
+    tower = stage.optimiser.masters["vision.tower.patch_embedding.weight"].clone()
+    records = [stage.step() for _ in range(20)]
+    assert {"flow", "flow_shown", "answer", "words"} <= {key for record in records for key in record}
+    assert not torch.equal(stage.optimiser.masters["vision.tower.patch_embedding.weight"], tower)
+
+
 @pytest.mark.parametrize("kind", ["vae", "transformer"])
 def test_resuming_changes_no_bit(kind: str, small_stage: Callable[..., TransformerStage], tmp_path: Path) -> None:
     """Across an epoch's end, with the data laid out anew."""
 
     def make() -> Stage:
-        return _vae_stage() if kind == "vae" else small_stage(torch.bfloat16)
+        return _vae_stage() if kind == "vae" else small_stage(torch.bfloat16, instruct=True)
 
     first = make()
     before, after = (3, 3) if kind == "vae" else (4, 12)
