@@ -1,0 +1,49 @@
+"""A second stage small enough for tests: few and narrow layers, a vocabulary of bytes, a VAE with random weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from training.export import Sizes
+from training.flat_vae import FlatVAE
+from training.lessons import Curriculum
+from training.tokenizer import control_tokens
+from training.transformer import TransformerStage, TransformerStageConfig
+from training.vae import TINY_VAE
+
+SMALL = TransformerStageConfig(
+    sizes=Sizes(hidden_size=64, layers=2, heads=4, head_dim=16, expert_width=32, patch_embed_hidden_dim=32),
+    steps=40,
+    warmup=4,
+    rows=6,
+    samples=2,
+    lessons=30,
+)
+INSTRUCT = Curriculum(edits=0.3, fusions=0.1, questions=0.3)
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control_tokens()])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def small_stage(vocabulary: Tokenizer) -> Callable[..., TransformerStage]:
+    """Makes the stage; equal arguments give equal stages."""
+    torch.manual_seed(0)
+    vae = FlatVAE(TINY_VAE).state_dict()
+
+    def make(compute: torch.dtype = torch.float32, instruct: bool = False) -> TransformerStage:
+        config = replace(SMALL, curriculum=INSTRUCT) if instruct else SMALL
+        return TransformerStage(config, vocabulary, vae, scaling=(0.0, 1.0), compute=compute)
+
+    return make

@@ -1,0 +1,157 @@
+"""The scorer's eye: drawings are read back, and nothing wrong is taken for right."""
+
+import pytest
+
+pytest.importorskip("scipy")
+
+from itertools import islice
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from training.detect import detect
+from training.draw import draw, draw_array
+from training.marks import Wanted, answer_right, preservation, rewrite_right, score_scene
+from training.scene import BACKGROUND_KINDS, COLOURS, SHAPES, Background, Object, Scene
+from training.words import description
+from training.world import fits, scenes, stands_out
+
+WHITE = Background("plain", "white")
+CIRCLE = Object("circle", "red", 30, 32, 44)
+STAR = Object("star", "blue", 96, 98, 48)
+BOTH = Scene(128, 128, WHITE, (CIRCLE, STAR))
+
+
+def marks_of(shown: Scene, wanted: Scene):
+    return score_scene(detect(draw(shown)), Wanted.whole(wanted))
+
+
+def rough(picture: Image.Image, seed: int) -> np.ndarray:
+    """As a small VAE leaves it: blurred by a pixel, and noise."""
+    values = np.asarray(picture.filter(ImageFilter.GaussianBlur(1.0))).astype(np.float32)
+    return (values + np.random.default_rng(seed).normal(0, 8, values.shape)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_read_small_and_large_sharp_and_blurred(shape):
+    for size in (40, 60):
+        picture = draw(Scene(128, 128, WHITE, (Object(shape, "purple", 62, 66, size),)))
+        for seen in (np.asarray(picture), rough(picture, size)):
+            (item,) = detect(seen).objects
+            assert (item.shape, item.colour, item.place) == (shape, "purple", "middle")
+            assert abs(item.x - 62) <= 2 and abs(item.y - 66) <= 2 and abs(item.size - size) <= 6
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_every_colour_is_read_on_every_background_it_stands_out_from(colour):
+    names = list(COLOURS)
+    for kind in BACKGROUND_KINDS:
+        for index, first in enumerate(names):
+            for second in [None] if kind == "plain" else names[index % 3 :: 3]:  # a third of all pairs: time
+                background = Background(kind, first, second)
+                if first == second or not stands_out(colour, background):
+                    continue
+                if second and not stands_out(second, Background("plain", first)):
+                    continue
+                found = detect(draw(Scene(128, 128, background, (Object("heart", colour, 40, 90, 48),))))
+                assert found.background == background
+                assert [(item.shape, item.colour, item.place) for item in found.objects] == [
+                    ("heart", colour, "bottom left")
+                ]
+
+
+def test_random_scenes_are_read_right_even_when_blurred_and_noisy():
+    for objects in (1, 2, 3):
+        for index, scene in enumerate(islice(scenes("train", 11, objects), 40)):
+            for seen in (draw_array(scene), rough(draw(scene), index)):
+                marks = score_scene(detect(seen), Wanted.whole(scene))
+                assert marks.all == marks.background == 1, scene
+
+
+def test_a_wrong_colour_is_noticed():
+    marks = marks_of(BOTH.with_object(0, colour="green"), BOTH)
+    assert (marks.colour, marks.shape, marks.place, marks.objects, marks.all) == (0.5, 1, 1, 0.5, 0)
+
+
+def test_a_wrong_shape_is_noticed():
+    marks = marks_of(BOTH.with_object(1, shape="heart"), BOTH)
+    assert (marks.colour, marks.shape, marks.place, marks.objects, marks.all) == (1, 0.5, 1, 0.5, 0)
+
+
+def test_a_wrong_place_is_noticed():
+    marks = marks_of(BOTH.with_object(1, x=64), BOTH)
+    assert (marks.colour, marks.shape, marks.place, marks.objects, marks.all) == (1, 1, 0.5, 0.5, 0)
+
+
+def test_a_missing_and_a_superfluous_object_are_noticed():
+    one = Scene(128, 128, WHITE, (CIRCLE,))
+    missing = marks_of(one, BOTH)
+    assert (missing.count, missing.objects, missing.all) == (0, 0.5, 0)
+    superfluous = marks_of(BOTH, one)
+    assert (superfluous.count, superfluous.objects, superfluous.all) == (0, 1, 0)
+
+
+def test_exchanged_colours_are_not_right():
+    exchanged = BOTH.with_object(0, colour="blue").with_object(1, colour="red")
+    assert marks_of(exchanged, BOTH).objects == 0
+
+
+def test_a_wrong_background_is_noticed_but_the_objects_still_count():
+    pink = Scene(128, 128, Background("striped", "white", "pink"), BOTH.objects)
+    marks = marks_of(pink, BOTH)
+    assert (marks.background, marks.all) == (0, 1)
+
+
+def test_an_empty_picture_has_nothing_right():
+    marks = score_scene(detect(Image.new("RGB", (128, 128), COLOURS["white"])), Wanted.whole(BOTH))
+    assert (marks.count, marks.colour, marks.all) == (0, 0, 0)
+
+
+def test_noise_is_no_picture_of_anything():
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    assert score_scene(detect(noise), Wanted.whole(BOTH)).all == 0
+
+
+def test_a_shapeless_blob_is_no_shape():
+    picture = Image.new("RGB", (128, 128), COLOURS["white"])
+    picture.paste(COLOURS["red"], (20, 20, 100, 32))
+    picture.paste(COLOURS["red"], (20, 20, 28, 100))
+    picture.paste(COLOURS["red"], (90, 20, 94, 70))
+    assert [item.shape for item in detect(picture).objects] == [None]
+
+
+def test_preservation_counts_what_changed_elsewhere():
+    before, wanted = draw_array(BOTH), draw_array(BOTH.with_object(0, colour="green"))
+    assert preservation(before, wanted, wanted) == 1
+    assert preservation(before, wanted, before) == 1  # it is not success
+    assert preservation(before, wanted, draw_array(BOTH.with_object(1, colour="green"))) < 0.95
+    pink = Scene(128, 128, Background("plain", "pink"), BOTH.objects)
+    assert preservation(before, wanted, draw_array(pink)) < 0.2
+    assert preservation(before, draw_array(pink), draw_array(pink)) == 1
+    starless = draw_array(Scene(128, 128, pink.background, (CIRCLE,)))
+    assert preservation(before, draw_array(pink), starless) < 0.9
+    assert preservation(before, wanted, wanted[:64]) == 0
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_rewrite_is_right_when_it_names_the_objects_and_no_others(language):
+    text = description(BOTH, language)
+    assert rewrite_right(text, BOTH, language)
+    assert rewrite_right(description(BOTH.with_object(0, size=64), language), BOTH, language)
+    for change in ({"colour": "green"}, {"shape": "ring"}, {"x": 64}):
+        assert not rewrite_right(description(BOTH.with_object(1, **change), language), BOTH, language)
+    assert not rewrite_right(text, Scene(128, 128, WHITE, (CIRCLE,)), language)
+    assert not rewrite_right("", BOTH, language)
+
+
+def test_answers_are_compared_by_their_words():
+    assert answer_right(" two", "Two.")
+    assert answer_right("两个", "两个。")
+    assert not answer_right("Two or three.", "Two.")
+    assert not answer_right("", "Two.")
+
+
+def test_what_is_drawn_fits():
+    assert all(fits(scene) for scene in islice(scenes("held-out", 3), 200))
+    assert not fits(BOTH.with_object(1, x=CIRCLE.x, y=CIRCLE.y))
+    assert not fits(BOTH.with_object(1, colour="white"))

@@ -1,0 +1,81 @@
+"""The scorer: full marks for a candidate that does everything right, none for one that does not listen."""
+
+import pytest
+
+pytest.importorskip("scipy")
+
+import json
+from types import SimpleNamespace
+
+from hunyuan3.image.resolution import ResolutionTable
+from hunyuan3.tiny import make_tiny
+from training.candidate import MODES, Drawing
+from training.draw import draw
+from training.exam import DrawingTask, QuestionTask, exam
+from training.score import main, score
+from training.words import description
+from training.world import is_held_out
+
+ROWS = ResolutionTable.build(128, 33)
+
+
+def perfect_drawing(task, mode):
+    trace = "" if mode == "direct" else f"<recaption>{description(task.scene, task.language)}</recaption>"
+    return Drawing(draw(task.scene), trace, ROWS.nearest(task.scene.height, task.scene.width))
+
+
+def perfect():
+    return SimpleNamespace(rows=ROWS, draw=perfect_drawing, answer=lambda task: task.answer)
+
+
+def deaf():
+    """Draws the same scene whatever is asked, and gives every picture back unchanged."""
+    scene = next(task.scene for task in exam(20, seed=99) if isinstance(task, DrawingTask) and task.kind == "three")
+
+    def drawing(task, mode):
+        return Drawing(draw(task.inputs[0] if task.inputs else scene), "", None)
+
+    return SimpleNamespace(rows=ROWS, draw=drawing, answer=lambda task: "Yes.")
+
+
+def test_a_perfect_candidate_gets_full_marks(tmp_path):
+    results = score(perfect(), exam(20), MODES, tmp_path)
+    assert results.last_line == "score: one-object 1.00 two-object 1.00 edit 1.00 ask 1.00"
+    assert "0." not in results.table
+    lines = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == len(results.rows)
+    assert all((tmp_path / line["file"]).exists() and line["prompt"] for line in lines)
+    assert (tmp_path / "sheet-edit-move-think.png").exists()
+
+
+def test_a_deaf_candidate_gets_none():
+    results = score(deaf(), exam(20), ["direct"])
+    assert results.last_line == "score: one-object 0.00 two-object 0.00 edit 0.00 ask 0.00"
+    edits = [row for row in results.rows if row.preserved is not None]
+    assert edits and all(row.preserved == 1 for row in edits)
+
+
+def test_the_exam_is_held_out_and_names_everything():
+    tasks = exam(40)
+    assert tasks == exam(40) and tasks != exam(40, seed=1)
+    assert all(is_held_out(task.scene) for task in tasks)
+    for task in tasks:
+        if isinstance(task, DrawingTask) and not task.inputs:
+            assert all(wish.colour and wish.place and wish.shape for wish in task.wanted.objects)
+    assert sum(isinstance(task, DrawingTask) and not task.inputs for task in exam(200)) == 200
+    assert sum(isinstance(task, QuestionTask) for task in exam(200)) == 100
+
+
+def test_the_command_scores_a_checkpoint(tmp_path, capsys):
+    folder = make_tiny(tmp_path / "tiny")
+    command = [str(folder), "--prompts", "1", "--kinds", "one", "ask colour", "--modes", "direct", "--steps", "1"]
+    assert main([*command, "--dump", str(tmp_path / "dump")]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].startswith("| kind | mode | n | count | colour | shape | place | all |")
+    assert lines[-1] == "score: one-object 0.00 two-object - edit - ask 0.00"
+    assert (tmp_path / "dump" / "one-direct-000.png").exists()
+
+
+def test_a_missing_folder_is_named(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""Stages learn, go on from their states to the bit, and export folders that draw."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hunyuan3.pipeline import Hunyuan3
+from training.optimiser import Optimiser, OptimiserConfig, orthogonalised, trapezoid
+from training.run import Stage, train
+from training.state import compact, load_state, save_state
+from training.transformer import TransformerStage, noise_levels
+from training.vae import VAEStage, VAEStageConfig
+
+TINY_STAGE = replace(VAEStageConfig(), crops=2, wholes=1, crop=32, crop_share=0.9, warmup=2, steps=20)
+
+
+def _vae_stage() -> VAEStage:
+    return VAEStage(TINY_STAGE, torch.float32)
+
+
+def test_vae_learns() -> None:
+    stage = _vae_stage()
+    losses = [stage.step()["loss"] for _ in range(10)]
+    assert min(losses[-3:]) < 0.8 * losses[0]
+
+
+def test_transformer_learns(small_stage: Callable[..., TransformerStage]) -> None:
+    stage = small_stage()
+    records = [stage.step() for _ in range(30)]
+    words = [record["words"] for record in records if "words" in record]
+    flow = [record["flow"] for record in records]
+    assert sum(flow[-10:]) < 0.97 * sum(flow[:10])
+    assert sum(words[-10:]) < 0.9 * sum(words[:10])
+
+
+def test_instruction_teaches_pictures_and_answers(small_stage: Callable[..., TransformerStage]) -> None:
+    stage = small_stage(instruct=True)
+    tower = stage.optimiser.masters["vision.tower.patch_embedding.weight"].clone()
+    records = [stage.step() for _ in range(20)]
+    assert {"flow", "flow_shown", "answer", "words"} <= {key for record in records for key in record}
+    assert not torch.equal(stage.optimiser.masters["vision.tower.patch_embedding.weight"], tower)
+
+
+@pytest.mark.parametrize("kind", ["vae", "transformer"])
+def test_resuming_changes_no_bit(kind: str, small_stage: Callable[..., TransformerStage], tmp_path: Path) -> None:
+    """Across an epoch's end, with the data laid out anew."""
+
+    def make() -> Stage:
+        return _vae_stage() if kind == "vae" else small_stage(torch.bfloat16, instruct=True)
+
+    first = make()
+    before, after = (3, 3) if kind == "vae" else (4, 12)
+    for _ in range(before):
+        first.step()
+    save_state(tmp_path / "state.pt", {"stage": first.state()})
+    second = make()
+    second.restore(load_state(tmp_path / "state.pt")["stage"])
+    for _ in range(after):
+        assert first.step() == second.step()
+    for name, master in first.optimiser.masters.items():
+        assert torch.equal(master, second.optimiser.masters[name]), name
+        assert torch.equal(first.optimiser.average[name], second.optimiser.average[name]), name
+
+
+def test_a_run_stops_at_the_last_step_and_logs(tmp_path: Path) -> None:
+    stage = VAEStage(replace(TINY_STAGE, steps=2), torch.float32)
+    train(stage, tmp_path / "vae.pt", minutes=5)
+    assert stage.done == 2
+    header, line = (tmp_path / "vae.csv").read_text().splitlines()
+    assert header.startswith("step,seconds,")
+    assert line.startswith("2,")
+    assert load_state(tmp_path / "vae.pt")["stage"]["done"] == 2
+
+
+def test_compact_state_goes_on(small_stage: Callable[..., TransformerStage], tmp_path: Path) -> None:
+    stage = small_stage()
+    stage.step()
+    save_state(tmp_path / "full.pt", {"stage": stage.state()})
+    save_state(tmp_path / "compact.pt", {"stage": compact(stage.state())})
+    full, small = ((tmp_path / name).stat().st_size for name in ("full.pt", "compact.pt"))
+    assert small < 0.6 * full
+    other = small_stage()
+    other.restore(load_state(tmp_path / "compact.pt")["stage"])
+    assert other.done == 1
+    other.step()
+
+
+def test_export_draws(small_stage: Callable[..., TransformerStage], tmp_path: Path) -> None:
+    stage = small_stage()
+    stage.step()
+    folder = stage.export(tmp_path / "tiny")
+    model = Hunyuan3.load(folder, device="cpu")
+    run = model.sample(model.conditioning("a red circle", width=96, height=64), steps=2, seed=1)
+    (picture,) = model.pictures(run.latents)
+    assert picture.size == (96, 64)
+    router = model.folder.index["model.layers.0.mlp.gate.wg.weight"]
+    assert router.dtype == "F32"
+    assert model.folder.index["lm_head.weight"].dtype == "BF16"
+
+
+def test_noise_levels_cover_the_range() -> None:
+    levels = noise_levels(500, 4, shift=2.0, uniform=0.2, generator=torch.Generator().manual_seed(0)).view(500, 4)
+    assert 0 <= levels.min() and levels.max() <= 1
+    assert levels.mean() > 0.55  # shifted towards noise
+    assert (levels.mean(dim=0).diff() > 0).all()  # a row's levels lie in successive parts
+
+
+def test_orthogonalised_matrices_have_even_singular_values() -> None:
+    matrices = torch.randn(3, 20, 12, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalised(matrices))
+    assert values.min() > 0.5
+    assert values.max() < 1.4
+
+
+def test_a_step_that_is_not_finite_is_left_out() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimiser = Optimiser({"weight": weight}, [], OptimiserConfig(rate=1e-2, muon_rate=1e-2))
+    weight.grad = torch.full((2, 2), float("nan"))
+    optimiser.step(1.0)
+    assert torch.equal(weight, torch.ones(2, 2))
+    assert optimiser.steps == 0
+    weight.grad = torch.ones(2, 2)
+    optimiser.step(1.0)
+    assert (weight < 1).all()
+
+
+def test_trapezoid_warms_up_holds_and_ends_at_zero() -> None:
+    factors = [trapezoid(step, 100, 10, 0.4) for step in range(101)]
+    assert factors[0] == 0.1
+    assert factors[10:60] == [1.0] * 50
+    assert factors[100] == 0

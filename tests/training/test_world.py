@@ -1,0 +1,144 @@
+"""The small world and its texts: the same from the same seed, the held-out part apart, the texts true and short."""
+
+import pytest
+
+pytest.importorskip("scipy")
+
+import random
+import re
+from itertools import islice
+
+from hunyuan3.image.resolution import ResolutionTable
+from training.captions import random_prompt
+from training.edits import EDIT_KINDS, random_edit
+from training.fusion import random_fusion
+from training.marks import Wanted
+from training.questions import QUESTION_KINDS, random_question
+from training.scene import COLOURS, PLACES, place
+from training.thoughts import rewrite, thought
+from training.tokenizer import train_tokenizer
+from training.words import SHAPE_WORDS
+from training.world import FORMATS, fits, format_of, is_held_out, put, scenes, stream, suited_format
+
+
+def arrangement(scene):
+    pairs = zip(scene.objects, scene.places, strict=True)
+    return tuple(sorted((item.shape, item.colour, where) for item, where in pairs))
+
+
+def test_the_same_seed_gives_the_same_scenes_and_texts():
+    for split in ("train", "held-out"):
+        assert list(islice(scenes(split, 5), 20)) == list(islice(scenes(split, 5), 20))
+        assert random_edit(stream(split, 5), split) == random_edit(stream(split, 5), split)
+        assert random_question(stream(split, 5), split) == random_question(stream(split, 5), split)
+    scene = next(scenes("train", 5))
+    assert random_prompt(random.Random(1), scene) == random_prompt(random.Random(1), scene)
+
+
+def test_no_arrangement_is_in_both_splits():
+    train = {arrangement(scene) for scene in islice(scenes("train", 0, 1), 5000)}
+    held_out = {arrangement(scene) for scene in islice(scenes("held-out", 0, 1), 500)}
+    assert train and held_out and not train & held_out
+
+
+def test_what_training_shows_is_never_held_out():
+    rng = stream("train", 1)
+    for _ in range(40):
+        edit = random_edit(rng, "train")
+        assert not is_held_out(edit.before) and not is_held_out(edit.after)
+        assert not is_held_out(random_fusion(rng, "train").after)
+        assert not is_held_out(random_question(rng, "train").scene)
+        assert is_held_out(random_question(rng, "held-out").scene)
+
+
+def test_formats_are_rows_of_the_resolution_table():
+    rows = ResolutionTable.build(128, 33).rows
+    assert all(rows.count(size) == 1 for size in FORMATS.values())
+
+
+def test_objects_lie_where_they_are_said_to_lie():
+    rng = random.Random(0)
+    for height, width in FORMATS.values():
+        for where in (name for row in PLACES for name in row):
+            item = put(rng, "star", "red", 40, where, width, height)
+            assert item is not None and place(item.x, item.y, width, height) == where
+
+
+def test_the_suited_format_follows_the_places():
+    assert suited_format(["left", "right"]) == "wide"
+    assert suited_format(["bottom", "top", "middle"]) == "very tall"
+    assert suited_format(["top left", "right"]) == "square"
+    assert suited_format(["middle"]) == "square"
+
+
+def test_prompts_name_what_they_want_and_nothing_else():
+    rng = stream("train", 2)
+    for scene in islice(scenes("train", 2), 300):
+        prompt = random_prompt(rng, scene, "en")
+        for item, wish in zip(scene.objects, prompt.wanted.objects, strict=True):
+            assert SHAPE_WORDS["en"][item.shape] in prompt.text
+            assert wish.colour in (None, item.colour) and wish.shape == item.shape
+        behind = prompt.wanted.background
+        named = {wish.colour for wish in prompt.wanted.objects} | {behind and behind.colour, behind and behind.second}
+        assert set(re.findall("|".join(COLOURS), prompt.text.lower())) == named - {None}
+        complete = random_prompt(rng, scene, complete=True)
+        assert all(wish.colour and wish.place for wish in complete.wanted.objects)
+
+
+def test_a_format_that_does_not_suit_is_named():
+    rng = stream("train", 4)
+    for scene in islice(scenes("train", 4), 200):
+        if format_of(scene) != suited_format(scene.places):
+            assert "picture" in random_prompt(rng, scene, "en").text.lower()
+
+
+@pytest.mark.parametrize("kind", EDIT_KINDS)
+def test_edits_change_what_they_say(kind):
+    rng = stream("train", 6)
+    for _ in range(20):
+        edit = random_edit(rng, "train", kind, complete=True)
+        assert edit.kind == kind and edit.before != edit.after and fits(edit.after)
+        assert (edit.before.width, edit.before.height) == (edit.after.width, edit.after.height)
+        assert edit.wanted == Wanted.whole(edit.after)
+        kept = set(edit.before.objects) & set(edit.after.objects)
+        assert set(edit.before.objects) | set(edit.after.objects) == kept | set(edit.changed)
+
+
+def test_fusions_take_shape_colour_and_background():
+    rng = stream("train", 7)
+    for count in (2, 3):
+        fusion = random_fusion(rng, "train", count)
+        (item,) = fusion.after.objects
+        assert item.shape == fusion.inputs[0].objects[0].shape
+        assert item.colour == fusion.inputs[1].objects[0].colour
+        assert fusion.after.background == fusion.inputs[0 if count == 2 else 2].background
+
+
+@pytest.mark.parametrize("kind", QUESTION_KINDS)
+def test_questions_have_true_answers(kind):
+    rng = stream("train", 8)
+    for _ in range(60):
+        question = random_question(rng, "train", kind)
+        if question.language == "zh" or kind != "count":
+            continue
+        words = {"One.": 1, "Two.": 2, "Three.": 3}
+        shapes = [f"{item.shape}s" in question.text for item in question.scene.objects]
+        number = len(shapes) if "objects" in question.text else sum(shapes)
+        assert words[question.answer] == number
+
+
+def test_texts_are_short_in_tokens_and_come_back_whole():
+    tokenizer = train_tokenizer()
+    rng = stream("train", 9)
+    lengths = {"thought": [], "rewrite": []}
+    for scene in islice(scenes("train", 9, 2), 100):
+        prompt = random_prompt(rng, scene)
+        texts = {"thought": thought(prompt, scene), "rewrite": rewrite(scene, prompt.language)}
+        for name, text in texts.items():
+            ids = tokenizer.encode(text).ids
+            assert tokenizer.decode(ids) == text
+            lengths[name].append(len(ids))
+    assert max(lengths["thought"]) <= 62 and max(lengths["rewrite"]) <= 44
+    assert tokenizer.get_vocab_size() <= 1024
+    assert tokenizer.token_to_id("<img_ratio_32>") is not None and tokenizer.token_to_id("<img_ratio_33>") is None
+    assert len(tokenizer.encode("an apple, ein Äpfelchen 苹果 🍎").ids) > 5  # any text at all has ids

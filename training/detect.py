@@ -1,0 +1,229 @@
+"""Pictures -> what they show, by colours and masks alone: no network, so a model's drawings are judged from outside."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import numpy as np
+from PIL import Image, ImageFilter
+from scipy import ndimage
+
+from .draw import pattern_mask, shape_mask
+from .scene import BACKGROUND_KINDS, COLOURS, SHAPES, Background, place
+
+NAMES = tuple(COLOURS)
+
+_PALETTE = np.array(list(COLOURS.values()), np.float32)
+_SAME = 18.0  # Lab distance within which a pixel is taken for the background's colour
+_PATTERN_PRICE = 0.02  # share of pixels by which a pattern must explain more than a plain colour does
+_CORE = 30  # pixels that a blob must keep when its rim is taken off
+_SIDE = 32  # of the masks that are compared
+_LIKENESS = 0.7  # intersection over union below which a blob is no known shape
+_RIM = 0.2  # below which it is no object at all: rims have 0.03 to 0.14
+_ZOOMS = (1.0, 1.05, 1.1)  # a blurred tip shortens the bounding box: larger boxes are tried, too
+_SHIFTS = ((0.0, 0.0), (0.0, -0.04), (0.0, 0.04), (-0.03, 0.0), (0.03, 0.0))  # down, across; shares of the box
+
+
+@dataclass(frozen=True)
+class FoundObject:
+    """A blob of one colour.
+
+    Attributes:
+        shape: one of SHAPES, None where the blob is like none of them.
+        colour: the nearest name.
+        x, y, size: centre and longer side of its bounding box, in pixels.
+        place: the name of the third in which the centre lies.
+        likeness: intersection over union with the best shape's mask, 0 to 1.
+    """
+
+    shape: str | None
+    colour: str
+    x: float
+    y: float
+    size: float
+    place: str
+    likeness: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a picture shows; the objects from the largest to the smallest."""
+
+    width: int
+    height: int
+    background: Background
+    objects: tuple[FoundObject, ...]
+
+
+def detect(picture: Image.Image | np.ndarray) -> Found:
+    """Looks at an RGB picture, or at uint8 values [height, width, 3]."""
+    rgb = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture).astype(np.float32)
+    height, width = rgb.shape[:2]
+    lab = to_lab(rgb)
+    label = _nearest_names(lab)
+    backdrop = _Backdrop.find(rgb, lab, label)
+    blobs = _blobs(backdrop.differs(lab), label)
+    objects = [_look_at(blob, blobs, rgb, backdrop.predicted) for blob in blobs]
+    objects = sorted((item for item in objects if item is not None), key=lambda item: -item.size)
+    return Found(width, height, backdrop.background, tuple(objects))
+
+
+def to_lab(rgb: np.ndarray) -> np.ndarray:
+    """RGB values 0 to 255, [..., 3] -> CIE Lab (D65), float32, of the same shape."""
+    values = np.clip(rgb, 0, 255) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4).astype(np.float32)
+    xyz = linear @ _XYZ.T
+    x, y, z = np.moveaxis(np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116), -1, 0)
+    return np.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), -1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Backdrop:
+    """A background as measured: `predicted` is the picture without objects, RGB [height, width, 3]."""
+
+    background: Background
+    predicted: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+
+    @classmethod
+    def find(cls, rgb: np.ndarray, lab: np.ndarray, label: np.ndarray) -> "_Backdrop":
+        """The kind and colours that explain most pixels."""
+        best, best_share = None, -1.0
+        for kind in BACKGROUND_KINDS:
+            for candidate in cls._of_kind(kind, rgb, label):
+                distance = np.linalg.norm(lab[::2, ::2] - to_lab(candidate.predicted[::2, ::2]), axis=-1)
+                share = float((distance < _SAME).mean()) - (0.0 if kind == "plain" else _PATTERN_PRICE)
+                if share > best_share:
+                    best, best_share = candidate, share
+        assert best is not None
+        return best
+
+    @classmethod
+    def _of_kind(cls, kind: str, rgb: np.ndarray, label: np.ndarray) -> Iterator["_Backdrop"]:
+        """Backgrounds of a kind, of the colours that are common where the pattern has them."""
+        height, width = label.shape
+        amount = np.asarray(pattern_mask(kind, width, height)).astype(np.float32) / 255
+        for name, first in _common(rgb, label, amount < 0.1):
+            if kind == "plain":
+                yield cls(Background(kind, name), np.broadcast_to(first, rgb.shape), first, first)
+                continue
+            for other, second in _common(rgb, label, amount > 0.9):
+                if other != name:
+                    predicted = first + (second - first) * amount[..., None]
+                    yield cls(Background(kind, name, other), predicted, first, second)
+
+    def differs(self, lab: np.ndarray) -> np.ndarray:
+        """Which pixels are neither of the background's colours nor anything between them, bool [height, width].
+
+        Between counts as background because blurred borders of a pattern lie there.
+        """
+        steps = 1 if self.background.second is None else 9
+        mixes = to_lab(self.first + (self.second - self.first) * np.linspace(0, 1, steps, dtype=np.float32)[:, None])
+        return np.min([np.linalg.norm(lab - mix, axis=-1) for mix in mixes], axis=0) > _SAME
+
+
+def _common(rgb: np.ndarray, label: np.ndarray, where: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """One or two colours that are commonest among some pixels: the name, and the median of those pixels, RGB [3].
+
+    Two, because an object may hide most of a gradient's end.
+    """
+    labels, values = label[where], rgb[where]
+    counts = np.bincount(labels, minlength=len(NAMES))
+    names = [int(name) for name in np.argsort(-counts)[:2] if counts[name] > 0.1 * len(labels)]
+    return [(NAMES[name], np.median(values[labels == name], axis=0)) for name in names]
+
+
+def _nearest_names(lab: np.ndarray) -> np.ndarray:
+    """The index in NAMES of the colour nearest to each pixel, [height, width]."""
+    return np.argmin(((lab[..., None, :] - _palette_lab()) ** 2).sum(-1), axis=-1)
+
+
+def _blobs(foreground: np.ndarray, label: np.ndarray) -> list[np.ndarray]:
+    """Connected pixels of one colour that are more than a rim; bool masks [height, width]."""
+    blobs = []
+    for name in range(len(NAMES)):
+        pieces, count = ndimage.label(foreground & (label == name))
+        if not count:
+            continue
+        cores = ndimage.binary_erosion(pieces > 0, np.ones((3, 3)))
+        sizes = np.bincount(pieces[cores], minlength=count + 1)
+        blobs += [pieces == piece for piece in range(1, count + 1) if sizes[piece] >= _CORE]
+    return blobs
+
+
+def _look_at(blob: np.ndarray, blobs: list[np.ndarray], rgb: np.ndarray, backdrop: np.ndarray) -> FoundObject | None:
+    """Colour, extent and shape of a blob; None for a mere rim, which blur leaves between two colours."""
+    core = ndimage.binary_erosion(blob, np.ones((3, 3)))
+    colour = np.median(rgb[core], axis=0)
+    # How far each pixel near the blob is from the background towards its colour: a mask with soft edges.
+    towards = colour - backdrop
+    coverage = ((rgb - backdrop) * towards).sum(-1) / np.maximum((towards**2).sum(-1), 1.0)
+    near = ndimage.binary_dilation(blob, np.ones((3, 3)), iterations=2)
+    for other in blobs:
+        if other is not blob:
+            near &= ~ndimage.binary_dilation(other, np.ones((3, 3)))
+    coverage = np.where(near, np.clip(coverage, 0, 1), 0).astype(np.float32)
+    inside = np.argwhere(coverage > 0.5)
+    if not len(inside):
+        return None
+    (top, left), (bottom, right) = inside.min(0), inside.max(0) + 1
+    x, y, size = float(left + right) / 2, float(top + bottom) / 2, float(max(right - left, bottom - top))
+    shape, likeness = _shape(coverage, x, y, size)
+    if likeness < _RIM:
+        return None
+    name = NAMES[int(np.argmin(((to_lab(colour) - _palette_lab()) ** 2).sum(-1)))]
+    where = place(x, y, rgb.shape[1], rgb.shape[0])
+    return FoundObject(shape if likeness >= _LIKENESS else None, name, x, y, size, where, likeness)
+
+
+def _shape(coverage: np.ndarray, x: float, y: float, size: float) -> tuple[str, float]:
+    """The shape whose mask covers most of the blob and least else, and the intersection over union."""
+    image = Image.fromarray((coverage * 255).astype(np.uint8))
+    best, best_likeness = "", -1.0
+    for zoom in _ZOOMS:
+        half = size * zoom / 2
+        for down, across in _SHIFTS:
+            middle_x, middle_y = x + across * size, y + down * size
+            box = (middle_x - half, middle_y - half, middle_x + half, middle_y + half)
+            mask = np.asarray(_cut(image, box)).astype(np.float32) / 255
+            likeness = np.minimum(_templates(), mask).sum((1, 2)) / np.maximum(_templates(), mask).sum((1, 2))
+            index = int(likeness.argmax())
+            if likeness[index] > best_likeness:
+                best, best_likeness = SHAPES[index], float(likeness[index])
+    return best, best_likeness
+
+
+def _cut(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """A box of an image, which may reach beyond it, as _SIDE by _SIDE pixels."""
+    left, top, right, _ = box
+    step = (right - left) / _SIDE
+    return image.transform(
+        (_SIDE, _SIDE),
+        Image.Transform.AFFINE,
+        (step, 0, left, 0, step, top),
+        Image.Resampling.BILINEAR,
+    )
+
+
+@cache
+def _templates() -> np.ndarray:
+    """Each shape's mask at the size of comparison, float32 [shapes, side, side], as soft as a drawn one."""
+    masks = [shape_mask(shape, 64).filter(ImageFilter.BoxBlur(0.5)).reduce(2) for shape in SHAPES]
+    return np.stack([np.asarray(mask).astype(np.float32) / 255 for mask in masks])
+
+
+@lru_cache(maxsize=1)
+def _palette_lab() -> np.ndarray:
+    return to_lab(_PALETTE)
+
+
+# Linear sRGB -> XYZ over the D65 white point (IEC 61966-2-1).
+_XYZ = np.array(
+    [
+        [0.4124564 / 0.95047, 0.3575761 / 0.95047, 0.1804375 / 0.95047],
+        [0.2126729, 0.7151522, 0.0721750],
+        [0.0193339 / 1.08883, 0.1191920 / 1.08883, 0.9503041 / 1.08883],
+    ],
+    np.float32,
+)

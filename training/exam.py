@@ -1,0 +1,106 @@
+"""The exam: prompts, edits, fusions and questions about held-out scenes, which training has never seen."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from .captions import random_prompt
+from .edits import EDIT_KINDS, EditKind, random_edit
+from .fusion import random_fusion
+from .marks import Wanted
+from .questions import QUESTION_KINDS, QuestionKind, random_question
+from .scene import DIGITS, LETTERS, Scene
+from .words import Language
+from .world import is_held_out, random_scene, split_scene, stream
+
+# Of a hundred prompts, how many are of which kind; edits, fusions and questions come on top.
+_PROMPTS = {"one": 35, "two": 35, "three": 10, "letter": 20}
+_OBJECTS = {"one": 1, "two": 2, "three": 3, "letter": 1}
+_EDITS, _FUSIONS, _QUESTIONS = 25, 10, 50
+
+
+@dataclass(frozen=True)
+class DrawingTask:
+    """A picture to draw.
+
+    Attributes:
+        kind: of a prompt "one", "two", "three" (objects) or "letter"; "edit recolour" and so on; "fuse 2", "fuse 3".
+        scene: one right result: the picture is to have its size, and a rewrite describes it.
+        inputs: the scenes of the input pictures.
+    """
+
+    kind: str
+    text: str
+    language: Language
+    wanted: Wanted
+    scene: Scene
+    inputs: tuple[Scene, ...] = ()
+
+    @property
+    def is_edit(self) -> bool:
+        """Whether one picture is to be changed; its rest is to stay."""
+        return self.kind.startswith("edit ")
+
+
+@dataclass(frozen=True)
+class QuestionTask:
+    """A question to answer about a scene's picture; the kind is "ask count" and so on."""
+
+    kind: str
+    text: str
+    scene: Scene
+    answer: str
+
+
+Task: TypeAlias = DrawingTask | QuestionTask
+
+
+def exam(prompts: int = 200, seed: int = 0) -> list[Task]:
+    """The tasks for so many prompts, the same for the same numbers: half as many questions, a quarter as many edits.
+
+    Every prompt names the colour and the place of each object, so what is right is certain, and an arrangement that
+    training did not see is in its words.
+    """
+    tasks: list[Task] = []
+
+    def add(kind: str, count: float, make: Callable[[random.Random], Task]) -> None:
+        rng = stream("held-out", f"{kind}:{seed}")
+        made: dict[tuple[object, ...], Task] = {}
+        while len(made) < max(1, round(count)):
+            task = make(rng)
+            made.setdefault((task.text, task.scene), task)
+        tasks.extend(made.values())
+
+    for kind, share in _PROMPTS.items():
+        add(kind, prompts * share / 100, lambda rng, kind=kind: _prompt(rng, kind))
+    for kind in EDIT_KINDS:
+        add(f"edit {kind}", prompts * _EDITS / 100 / len(EDIT_KINDS), lambda rng, kind=kind: _edit(rng, kind))
+    for pictures in (2, 3):
+        add(f"fuse {pictures}", prompts * _FUSIONS / 200, lambda rng, pictures=pictures: _fusion(rng, pictures))
+    for kind in QUESTION_KINDS:
+        add(f"ask {kind}", prompts * _QUESTIONS / 100 / len(QUESTION_KINDS), lambda rng, kind=kind: _ask(rng, kind))
+    return tasks
+
+
+def _prompt(rng: random.Random, kind: str) -> DrawingTask:
+    scene = split_scene(rng, "held-out", _OBJECTS[kind])
+    while kind == "letter" and (scene.objects[0].shape not in LETTERS + DIGITS or not is_held_out(scene)):
+        scene = random_scene(rng, 1, shapes=LETTERS + DIGITS)
+    prompt = random_prompt(rng, scene, complete=True)
+    return DrawingTask(kind, prompt.text, prompt.language, prompt.wanted, scene)
+
+
+def _edit(rng: random.Random, kind: EditKind) -> DrawingTask:
+    edit = random_edit(rng, "held-out", kind, complete=True)
+    return DrawingTask(f"edit {kind}", edit.text, edit.language, edit.wanted, edit.after, (edit.before,))
+
+
+def _fusion(rng: random.Random, pictures: int) -> DrawingTask:
+    fusion = random_fusion(rng, "held-out", pictures)
+    return DrawingTask(f"fuse {pictures}", fusion.text, fusion.language, fusion.wanted, fusion.after, fusion.inputs)
+
+
+def _ask(rng: random.Random, kind: QuestionKind) -> QuestionTask:
+    question = random_question(rng, "held-out", kind)
+    return QuestionTask(f"ask {kind}", question.text, question.scene, question.answer)

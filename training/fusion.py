@@ -1,0 +1,62 @@
+"""Fusion: the shape of one picture, the colour of another, the background of a third."""
+
+import random
+from dataclasses import dataclass, replace
+
+from .captions import random_language
+from .marks import Wanted
+from .scene import Scene
+from .words import Language, description
+from .world import Split, fits, is_held_out, random_scene, split_scene
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Two or three input scenes of one object each, the instruction, and the scene that should come of it.
+
+    The result has the first scene's object, size and place; of two pictures it keeps the first one's background.
+    """
+
+    inputs: tuple[Scene, ...]
+    after: Scene
+    text: str
+    language: Language
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the picture must show."""
+        return Wanted.whole(self.after)
+
+    @property
+    def rewrite(self) -> str:
+        """The result in full."""
+        return description(self.after, self.language)
+
+
+def random_fusion(rng: random.Random, split: Split, pictures: int | None = None) -> Fusion:
+    """A fusion of 2 or 3 pictures (None: either) whose result is a scene of the split."""
+    count = pictures or rng.choice((2, 3))
+    language = random_language(rng)
+    while True:
+        inputs = tuple(split_scene(rng, "train", 1) if i else random_scene(rng, 1) for i in range(count))
+        after = inputs[0].with_object(0, colour=inputs[1].objects[0].colour)
+        if count == 3:
+            after = replace(after, background=inputs[2].background)
+        if after != inputs[0] and fits(after) and is_held_out(after) == (split == "held-out"):
+            return Fusion(inputs, after, _text(rng, count, language), language)
+
+
+def _text(rng: random.Random, count: int, language: Language) -> str:
+    if language == "zh":
+        behind = "，第三张的背景" if count == 3 else ""
+        return rng.choice((f"第一张的形状，第二张的颜色{behind}。", f"用第一张的形状，第二张的颜色{behind}。"))
+    if count == 3:
+        return rng.choice(
+            (
+                "The shape of the first picture in the color of the second on the background of the third.",
+                "Draw the first shape in the second color on the third background.",
+            )
+        )
+    return rng.choice(
+        ("The shape of the first picture in the color of the second.", "Draw the first shape in the second color.")
+    )

@@ -1,0 +1,110 @@
+"""What is taught: pictures to draw, to change, to fuse and to answer about, made at random from seeds."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .captions import random_prompt
+from .edits import random_edit
+from .fusion import random_fusion
+from .questions import random_question
+from .scene import Scene
+from .thoughts import rewrite, thought
+from .world import split_scene
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One request and what should come of it. Scenes are numbers in the list that the lessons came with.
+
+    Attributes:
+        prompt: the user's words.
+        scene: the picture to draw, None for an answer in words.
+        inputs: the pictures that the user shows.
+        trace: what is written before the picture, with its tags; "" for nothing.
+        answer: the words that answer; "" for a picture.
+        system_prompt: "auto" or "None".
+    """
+
+    prompt: str
+    scene: int | None
+    inputs: tuple[int, ...] = ()
+    trace: str = ""
+    answer: str = ""
+    system_prompt: str = "auto"
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """How often what is taught.
+
+    Attributes:
+        edits, fusions, questions: shares of the lessons; the others draw from words alone.
+        repeats: prompts for each scene that is drawn from words alone.
+        complete: share of prompts, of those, that leave neither colour nor place open.
+        rewritten: share of drawings with a rewrite before them. thought: with a thought and a rewrite.
+        without_system: share of lessons without the system prompt.
+    """
+
+    edits: float = 0.0
+    fusions: float = 0.0
+    questions: float = 0.0
+    repeats: int = 3
+    complete: float = 0.5
+    rewritten: float = 0.25
+    thought: float = 0.05
+    without_system: float = 0.1
+
+
+def make_lessons(
+    rng: random.Random, count: int, curriculum: Curriculum
+) -> tuple[tuple[Scene, ...], tuple[Lesson, ...]]:
+    """`count` lessons of the training split, a few more at the most, and the scenes that they speak of."""
+    scenes: list[Scene] = []
+    lessons: list[Lesson] = []
+    while len(lessons) < count:
+        system = "None" if rng.random() < curriculum.without_system else "auto"
+        shown, made = _some(rng, curriculum, len(scenes), system)
+        scenes += shown
+        lessons += made
+    return tuple(scenes), tuple(lessons)
+
+
+def _some(rng: random.Random, curriculum: Curriculum, first: int, system: str) -> tuple[list[Scene], list[Lesson]]:
+    """The next scenes, numbered from `first`, and the lessons about them."""
+    drawn = 1 - curriculum.edits - curriculum.fusions - curriculum.questions
+    weights = (curriculum.questions, curriculum.edits, curriculum.fusions, drawn / curriculum.repeats)
+    match rng.choices(("question", "edit", "fusion", "drawing"), weights)[0]:
+        case "question":
+            question = random_question(rng, "train")
+            lesson = Lesson(question.text, None, (first,), answer=question.answer, system_prompt=system)
+            return [question.scene], [lesson]
+        case "edit":
+            edit = random_edit(rng, "train", complete=rng.random() < curriculum.complete)
+            trace = _trace(rng, curriculum, edit.summary, edit.rewrite)
+            return [edit.before, edit.after], [Lesson(edit.text, first + 1, (first,), trace, system_prompt=system)]
+        case "fusion":
+            fusion = random_fusion(rng, "train")
+            last = first + len(fusion.inputs)
+            trace = _trace(rng, curriculum, "", fusion.rewrite)
+            lesson = Lesson(fusion.text, last, tuple(range(first, last)), trace, system_prompt=system)
+            return [*fusion.inputs, fusion.after], [lesson]
+        case _:
+            scene = split_scene(rng, "train")
+            return [scene], list(_drawings(rng, curriculum, scene, first, system))
+
+
+def _drawings(rng: random.Random, curriculum: Curriculum, scene: Scene, number: int, system: str) -> Iterator[Lesson]:
+    for _ in range(curriculum.repeats):
+        prompt = random_prompt(rng, scene, complete=rng.random() < curriculum.complete)
+        trace = _trace(rng, curriculum, thought(prompt, scene), rewrite(scene, prompt.language))
+        yield Lesson(prompt.text, number, (), trace, system_prompt=system)
+
+
+def _trace(rng: random.Random, curriculum: Curriculum, thinking: str, full: str) -> str:
+    """Nothing, a rewrite, or a thought and a rewrite."""
+    kind = rng.random()
+    rewritten = f"<recaption>{full}</recaption>"
+    if kind < curriculum.thought and thinking:
+        return f"<think>{thinking}</think>{rewritten}"
+    return rewritten if kind < curriculum.thought + curriculum.rewritten else ""

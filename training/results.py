@@ -1,0 +1,98 @@
+"""What a candidate reached: one row per task and mode, averaged into tables."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .marks import Marks, mean
+
+_DRAWN = ("count", "colour", "shape", "place", "all", "background")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task, done in one mode.
+
+    Attributes:
+        mode: "direct", "rewrite" or "think"; "answer" for a question.
+        marks: of a picture, None for an answer.
+        preserved: of an edit, the share of the rest that it left alone; else None.
+        text: whether the rewrite, or the answer, says the right thing; None where none was written.
+        ratio: whether the right shape of picture was chosen; None where that is not asked.
+    """
+
+    kind: str
+    mode: str
+    marks: Marks | None = None
+    preserved: float | None = None
+    text: bool | None = None
+    ratio: bool | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """All results of an exam."""
+
+    rows: tuple[Result, ...]
+
+    @property
+    def table(self) -> str:
+        """Markdown: drawings, edits and fusions, answers; shares from 0 to 1, "-" for what does not apply."""
+        drawn = self._lines(lambda row: row.marks is not None and row.preserved is None, self._drawing)
+        edited = self._lines(lambda row: row.preserved is not None, self._edit)
+        asked = self._lines(lambda row: row.mode == "answer", lambda rows: [mean(row.text for row in rows)])
+        tables = (
+            ("kind", "mode", "n", *_DRAWN, "rewrite", "ratio"),
+            ("kind", "mode", "n", "success", "rest preserved", "rewrite"),
+            ("kind", "mode", "n", "right"),
+        )
+        return "\n\n".join(
+            "\n".join((_row(heads), _row(["---"] * len(heads)), *lines))
+            for heads, lines in zip(tables, (drawn, edited, asked), strict=True)
+            if lines
+        )
+
+    @property
+    def last_line(self) -> str:
+        """The four numbers that sum the exam up. Pictures count in the mode that came first."""
+        mode = next((row.mode for row in self.rows if row.marks), "direct")
+        parts = {
+            "one-object": [row.marks.all for row in self.rows if row.marks and (row.kind, row.mode) == ("one", mode)],
+            "two-object": [row.marks.all for row in self.rows if row.marks and (row.kind, row.mode) == ("two", mode)],
+            "edit": [_success(row) for row in self.rows if row.preserved is not None and row.mode == mode],
+            "ask": [row.text for row in self.rows if row.mode == "answer"],
+        }
+        return "score: " + " ".join(f"{name} {_shown(mean(values))}" for name, values in parts.items())
+
+    def _lines(
+        self, wanted: Callable[[Result], bool], columns: Callable[[Sequence[Result]], Sequence[float | None]]
+    ) -> list[str]:
+        rows = [row for row in self.rows if wanted(row)]
+        groups = dict.fromkeys((row.kind, row.mode) for row in rows)
+        lines = []
+        for kind, mode in groups:
+            group = [row for row in rows if (row.kind, row.mode) == (kind, mode)]
+            lines.append(_row([kind, mode, str(len(group)), *map(_shown, columns(group))]))
+        return lines
+
+    @staticmethod
+    def _drawing(rows: Sequence[Result]) -> list[float | None]:
+        marks = [mean(getattr(row.marks, name) for row in rows) for name in _DRAWN]
+        return [*marks, mean(row.text for row in rows), mean(row.ratio for row in rows)]
+
+    @staticmethod
+    def _edit(rows: Sequence[Result]) -> list[float | None]:
+        return [mean(map(_success, rows)), mean(row.preserved for row in rows), mean(row.text for row in rows)]
+
+
+def _success(row: Result) -> float:
+    """An edit is right when objects and background are what they should be."""
+    assert row.marks is not None
+    return float(row.marks.all and row.marks.background)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,151 @@
+"""Trains a stage for some minutes, from where its state file left off.
+
+    python -m training.run vae --minutes 60 --state vae.pt
+    python -m training.run transformer --minutes 60 --state transformer.pt --start vae.pt
+    python -m training.run instruct --minutes 60 --state instruct.pt --start transformer.pt
+    python -m training.run export --state instruct.pt --out checkpoints/hunyuan3-tiny-instruct
+
+The run may be killed at any time: it goes on from the last state that was written. A line of averages is added to a
+CSV beside the state every half minute.
+"""
+
+import argparse
+import csv
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tokenizers import Tokenizer
+
+from .lessons import Curriculum
+from .state import load_state, save_state
+from .tokenizer import train_tokenizer
+from .transformer import TransformerStage, TransformerStageConfig
+from .vae import VAEStage, VAEStageConfig
+
+LOG_SECONDS = 30.0
+SAVE_SECONDS = 180.0
+
+_log = logging.getLogger(__name__)
+
+
+class Stage(Protocol):
+    """What a stage is to this loop. `done`: steps so far, of `config.steps`."""
+
+    name: str
+    config: Any
+    done: int
+
+    def step(self) -> dict[str, float]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+def train(stage: Stage, path: Path, minutes: float) -> None:
+    """Steps until the stage or the time is over, whichever comes first, and leaves the state in `path`."""
+    seconds = 0.0
+    if path.exists():
+        saved = load_state(path)
+        stage.restore(saved["stage"])
+        seconds = saved["seconds"]
+        _log.info("%s: goes on from step %d", stage.name, stage.done)
+    started = last = saved_at = time.monotonic()
+    records: list[dict[str, float]] = []
+    while stage.done < stage.config.steps and time.monotonic() - started < 60 * minutes:
+        records.append(stage.step())
+        now = time.monotonic()
+        if now - last >= LOG_SECONDS:
+            _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
+            records, last = [], now
+        if now - saved_at >= SAVE_SECONDS:
+            save_state(path, {"stage": stage.state(), "seconds": seconds + now - started})
+            saved_at = now
+    now = time.monotonic()
+    if records:
+        _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
+    save_state(path, {"stage": stage.state(), "seconds": seconds + now - started})
+
+
+def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str, float]]) -> None:
+    """Appends the means of some steps to the log, the column names first where the file is new."""
+    keys = sorted({key for record in records for key in record})
+    line = {"step": stage.done, "seconds": round(seconds)}
+    for key in keys:
+        values = [record[key] for record in records if key in record]
+        line[key] = round(sum(values) / len(values), 5)
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, line)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(line)
+    _log.info("%s", " ".join(f"{key} {value}" for key, value in line.items()))
+
+
+INSTRUCT = TransformerStageConfig(
+    curriculum=Curriculum(edits=0.25, fusions=0.05, questions=0.2, complete=0.7, rewritten=0.2, thought=0.15),
+    steps=4000,
+    seed=1,
+)
+
+
+def transformer_stage(config: TransformerStageConfig, state: Path, vae: Path | None = None) -> TransformerStage:
+    """A stage beside the VAE that its state file brings; where there is none, beside that of the first stage's file."""
+    if state.exists():
+        saved = load_state(state)["stage"]
+        tokenizer = Tokenizer.from_str(saved["tokenizer"])
+        return TransformerStage(config, tokenizer, saved["vae"], tuple(saved["scaling"]))
+    if vae is None or not vae.exists():
+        raise SystemExit("A new transformer needs --start, the state of the VAE's stage.")
+    return TransformerStage(config, train_tokenizer(), load_state(vae)["stage"]["optimiser"]["average"])
+
+
+def instruct_stage(config: TransformerStageConfig, state: Path, start: Path | None) -> TransformerStage:
+    """The third stage; where it has no state file, it starts from the averaged weights of the second stage's file."""
+    if state.exists():
+        return transformer_stage(config, state)
+    if start is None or not start.exists():
+        raise SystemExit("A new instruct stage needs --start, the state of the transformer's stage.")
+    stage = transformer_stage(config, start)
+    stage.start_from(load_state(start)["stage"])
+    return stage
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.run", description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=("vae", "transformer", "instruct", "export"))
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which to stop and save")
+    parser.add_argument("--state", type=Path, help="state file (default: STAGE.pt); its log lies beside it")
+    parser.add_argument("--start", type=Path, help="the state file of the stage before, where a stage begins")
+    parser.add_argument("--out", type=Path, help="folder to export to")
+    parser.add_argument("--steps", type=int, default=0, help="of the whole stage, for its schedule (0: its config's)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    state = args.state or Path(f"{args.stage}.pt")
+    steps = {"steps": args.steps} if args.steps else {}
+    match args.stage:
+        case "vae":
+            train(VAEStage(replace(VAEStageConfig(), **steps)), state, args.minutes)
+        case "transformer":
+            train(transformer_stage(replace(TransformerStageConfig(), **steps), state, args.start), state, args.minutes)
+        case "instruct":
+            train(instruct_stage(replace(INSTRUCT, **steps), state, args.start), state, args.minutes)
+        case "export":
+            if args.out is None or not state.exists():
+                raise SystemExit("--state and --out say what to export, and where to.")
+            stage = transformer_stage(TransformerStageConfig(), state)
+            stage.restore(load_state(state)["stage"], plan=False)
+            _log.info("%s: step %d", stage.export(args.out), stage.done)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Resume states: one file, written whole or not at all."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Writes a state of tensors and plain values; a run killed meanwhile leaves the file that was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    torch.save(dict(state), partial)
+    os.replace(partial, path)  # noqa: PTH105 (atomic on every platform, unlike Path.rename)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Reads what `save_state` wrote; no code in it is executed."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def compact(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state small enough to be kept with the code: weights and average in bfloat16, no moments.
+
+    A run goes on from it, though not to the bit: the moments start from zero.
+    """
+    optimiser = dict(state["optimiser"])
+    for name in ("first", "second"):
+        optimiser[name] = {}
+    for name in ("masters", "average"):
+        optimiser[name] = {key: tensor.to(torch.bfloat16) for key, tensor in optimiser[name].items()}
+    return {**state, "optimiser": optimiser}
