@@ -3,8 +3,9 @@
     python3 tools/test.py [arguments for pytest]
 
 Sets up the test bed (see testbed.py) and runs ruff, the checks of js/ (see js_check.py), the parity check against the
-reference's recorded tensors, and pytest, the tests in a real ComfyUI included. Every check runs even if one before it
-failed; the exit code is the worst one. The settings of the checks are in pyproject.toml.
+reference's recorded tensors, and pytest. The tests in a real ComfyUI run beside the other checks, which wait for
+nothing; what they print comes last. With arguments for pytest it runs once, with these. Every check runs even if one
+before it failed; the exit code is the worst one. The settings of the checks are in pyproject.toml.
 
 Environment: see testbed.py; HUNYUAN3_GOLDEN names the folder of recorded tensors for the parity check.
 """
@@ -12,9 +13,11 @@ Environment: see testbed.py; HUNYUAN3_GOLDEN names the folder of recorded tensor
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,12 +53,23 @@ def main(pytest_arguments: Sequence[str]) -> int:
         "ruff format": [*module, "ruff", "format", "--check", "--extend-exclude", ".cache", "."],
         "js": [str(bed.python), str(REPO / "tools" / "js_check.py")],
         "parity": [*module, "tests.parity", str(golden_dir())],
-        "pytest": [*module, "pytest", *pytest_arguments],
     }
+    beside: dict[str, list[str]] = {}
+    if pytest_arguments:
+        checks["pytest"] = [*module, "pytest", *pytest_arguments]
+    else:
+        checks["tests"] = [*module, "pytest", "--ignore", "tests/nodes"]
+        beside["node tests"] = [*module, "pytest", "tests/nodes"]
     env = testbed.clean_env(COMFYUI_PATH=str(bed.comfyui), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", **browser)
     # Tiny tensors gain nothing from threads, and threads that wait for each other cost a multiple.
     env.setdefault("OMP_NUM_THREADS", "1")
-    results = [_run(name, command, env) for name, command in checks.items()]
+    started = [_Check(name, command, env) for name, command in beside.items()]
+    try:
+        results = [_Check(name, command, env).show() for name, command in checks.items()]
+        results += [check.show() for check in started]
+    finally:
+        for check in started:
+            check.stop()
     print("\nSummary")
     for result in results:
         verdict = "ok    " if result.code == 0 else "FAILED"
@@ -81,35 +95,55 @@ def golden_dir() -> Path:
     return beside if beside.is_dir() else REPO / "tests" / "golden"
 
 
-def _run(name: str, command: list[str], env: dict[str, str]) -> Result:
-    """Run one check, show what it prints as it comes, and keep its last line for the summary."""
-    print(f"\n=== {name}", flush=True)
-    started = time.monotonic()
-    last = ""
-    process = subprocess.Popen(
-        command,
-        cwd=REPO,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-    try:
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            last = line.strip() or last
-    except KeyboardInterrupt:  # Ctrl-C went to the check as well, which now tidies up
-        raise
-    except BaseException:
-        process.terminate() if os.name == "nt" else process.send_signal(signal.SIGINT)
-        raise
-    finally:
-        code = process.wait()
-    # A process ended by a signal has a negative code on POSIX: that must not pass for better than 0.
-    return Result(name, abs(code), time.monotonic() - started, last.strip("= "))
+class _Check:
+    """One check, running; what it prints waits until it is shown."""
+
+    def __init__(self, name: str, command: list[str], env: dict[str, str]) -> None:
+        self.name = name
+        self._started = time.monotonic()
+        self._seconds = 0.0
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._process = subprocess.Popen(
+            command,
+            cwd=REPO,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout or ():
+            self._lines.put(line)
+        self._process.wait()
+        self._seconds = time.monotonic() - self._started
+        self._lines.put(None)
+
+    def show(self) -> Result:
+        """Shows what it printed and what it prints as it comes, and keeps its last line for the summary."""
+        print(f"\n=== {self.name}", flush=True)
+        last = ""
+        try:
+            while (line := self._lines.get()) is not None:
+                print(line, end="", flush=True)
+                last = line.strip() or last
+        except KeyboardInterrupt:  # Ctrl-C went to the check as well, which now tidies up
+            raise
+        except BaseException:
+            self.stop()
+            raise
+        # A process ended by a signal has a negative code on POSIX: that must not pass for better than 0.
+        return Result(self.name, abs(self._process.wait()), self._seconds, last.strip("= "))
+
+    def stop(self) -> None:
+        """Ends it if it still runs, as Ctrl-C would, and waits until it has tidied up."""
+        if self._process.poll() is None:
+            self._process.terminate() if os.name == "nt" else self._process.send_signal(signal.SIGINT)
+        self._process.wait()
 
 
 if __name__ == "__main__":
