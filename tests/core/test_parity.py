@@ -481,6 +481,27 @@ def test_not_a_number_never_passes():
     assert compare("x", ((1, 2),), [[1, 2]], IDENTICAL).passed
 
 
+# other ways to hold the weights
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["--streaming", 3],
+        ["--streaming", 2, "--disk"],
+        ["--split"],
+        ["--split", "--streaming", 3],
+        ["--packed"],
+        ["--packed", "--split", "--streaming", 3, "--disk"],
+    ],
+    ids=lambda way: " ".join(map(str, way)),
+)
+def test_every_committed_scenario_is_met_in_every_way_to_hold_the_weights(way):
+    code, lines = judge(GOLDEN, *way, "--only", "[CDEHI]*")
+    assert code == PASSED, [line for line in lines if "FAIL" in line]
+    assert int(lines[-1].split()[0]) > 50
+
+
 # other weight formats
 
 

@@ -1,5 +1,6 @@
-"""`python -m tests.parity FOLDER [--allow-missing] [--dump OUT] [--only GLOB] [--format F] [--streaming SLOTS]
-[--split]`."""
+"""`python -m tests.parity FOLDER [--allow-missing] [--dump OUT] [--only GLOB]`, and in which way the model is held:
+`[--format F] [--packed] [--streaming SLOTS [--disk]] [--split]`.
+"""
 
 import argparse
 import fnmatch
@@ -14,8 +15,10 @@ from .bench import Bench
 from .formats import LIMITS, judge_medians
 from .recording import MissingFeatureError
 from .report import Report
+from .way import Way
 
 PASSED, FAILED, NOTHING_COMPARED, MISSING = 0, 1, 2, 3
+_PLAIN = Way()
 CHECKS = {"components": components.check, "scenarios": scenarios.check}
 
 
@@ -39,18 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SLOTS",
         help="two thirds of the experts by such a ring",
     )
+    parser.add_argument("--disk", action="store_true", help="with --streaming: these experts from their files")
     parser.add_argument("--split", action="store_true", help="the layers on two devices (stand-ins on the CPU)")
+    parser.add_argument("--packed", action="store_true", help="from packs of the checkpoints, made for it")
     asked = parser.parse_args(arguments)
+    if asked.disk and not asked.streaming:
+        parser.error("--disk is about experts that are streamed: add --streaming 3")
     if asked.dump:
         asked.dump.mkdir(parents=True, exist_ok=True)
-    report = run(
-        asked.folder,
-        only=asked.only,
-        dump=asked.dump,
-        weight_format=asked.format,
-        streaming=asked.streaming,
-        split=asked.split,
-    )
+    way = Way(asked.format, asked.streaming, asked.disk, asked.split, asked.packed)
+    report = run(asked.folder, only=asked.only, dump=asked.dump, way=way)
     if not report.passed and not report.failed:
         print(f"Nothing was compared: is {asked.folder} a folder of recordings?", file=sys.stderr)
     print(report.summary)
@@ -58,21 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def run(
-    folder: Path,
-    *,
-    only: str = "*",
-    dump: Path | None = None,
-    weight_format: str = "bf16",
-    streaming: int = 0,
-    split: bool = False,
-) -> Report:
-    """Checks every recording in the folder; in another weight format the scenarios alone.
-
-    `streaming`: slots of a ring through which two thirds of the experts come; 0: all are resident. `split`: the layers
-    on two devices.
-    """
-    bench = Bench(folder, dumping=dump is not None, weight_format=weight_format, streaming=streaming, split=split)
+def run(folder: Path, *, only: str = "*", dump: Path | None = None, way: Way = _PLAIN) -> Report:
+    """Checks every recording in the folder; in another weight format the scenarios alone."""
+    bench, weight_format = Bench(folder, dumping=dump is not None, way=way), way.weight_format
     report = Report(dump)
     for kind, check in CHECKS.items():
         if weight_format != "bf16" and kind == "components":

@@ -4,33 +4,29 @@ import json
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from hunyuan3.folder import ModelFolder
+from hunyuan3.pack import pack
 from hunyuan3.parts import LoadOptions
 from hunyuan3.pipeline import Hunyuan3
 from hunyuan3.placement.placed import PlacedModule
 from hunyuan3.placement.split import halves
 
 from .recording import MissingFeatureError, Recording
+from .way import Way
+
+_PLAIN = Way()
 
 
 class Bench:
     """`root` holds `ckpt/`, `scenarios/`, `components/`, `images/` and `router_gaps.json`, or some of them."""
 
-    def __init__(
-        self,
-        root: Path,
-        dumping: bool = False,
-        weight_format: str = "bf16",
-        streaming: int = 0,
-        split: bool = False,
-    ) -> None:
+    def __init__(self, root: Path, dumping: bool = False, way: Way = _PLAIN) -> None:
         self.root = root
-        self.weight_format = weight_format
-        self.streaming = streaming
-        self.split = split
+        self.way = way
         self.dumping = dumping  # compute also what this recording lacks, as far as a complete one would hold it
         self.folder = cache(self._folder)
         self.model = cache(self._model)
@@ -80,21 +76,36 @@ class Bench:
             raise MissingFeatureError(f"the folder has no checkpoint {name}")
         return ModelFolder.open(self.root / "ckpt" / name)
 
+    @cached_property
+    def _packs(self) -> TemporaryDirectory[str]:
+        return TemporaryDirectory(prefix="hunyuan3-parity-")
+
+    def _weights(self, name: str) -> ModelFolder:
+        """What the model is loaded from."""
+        folder = self.folder(name)
+        if not self.way.packed:
+            return folder
+        out = Path(self._packs.name) / name
+        if not out.is_dir():
+            for _step in pack(folder, out, self.way.weight_format):
+                pass
+        return ModelFolder.open(out)
+
     def _model(self, name: str, dtype: str = "float32") -> Hunyuan3:
-        options = LoadOptions(device="cpu", dtype=dtype, vae_dtype="float32", format=self.weight_format)
+        way, folder = self.way, self._weights(name)
+        weight_format = "auto" if way.packed else way.weight_format
+        options = LoadOptions(device="cpu", dtype=dtype, vae_dtype="float32", format=weight_format)
         # cpu:0 and cpu:1 stand in for cards: to all that compares devices they are others than the host's cpu.
-        if self.split:
-            layers = self.folder(name).config.num_layers
-            options = replace(
-                options, device="auto", split=halves([torch.device("cpu", 0), torch.device("cpu", 1)], layers)
-            )
-        if self.streaming:
-            options = replace(options, streaming=self.streaming)
-            if not self.split:
+        if way.split:
+            two = halves([torch.device("cpu", 0), torch.device("cpu", 1)], folder.config.num_layers)
+            options = replace(options, device="auto", split=two)
+        if way.streaming:
+            options = replace(options, streaming=way.streaming, disk=way.disk, ram=0 if way.disk else None)
+            if not way.split:
                 options = replace(options, device="cpu:0")
-            placed = Hunyuan3(self.folder(name), options.resolved()).placed_transformer
+            placed = Hunyuan3(folder, options.resolved(folder.stored_format)).placed_transformer
             options = replace(options, vram={device: _a_third(placed, device) for device in placed.devices})
-        return Hunyuan3(self.folder(name), options.resolved())
+        return Hunyuan3(folder, options.resolved(folder.stored_format))
 
 
 def _a_third(placed: PlacedModule, device: torch.device) -> int:

@@ -27,8 +27,8 @@ def check(bench: Bench, recording: Recording, report: Report) -> None:
         compute(bench, recording, computed)
     finally:
         report.dump(recording.name, computed.tensors, recording.tensors)
-    if bench.weight_format != "bf16":
-        judge_format(bench.weight_format, recording, computed, report)
+    if bench.way.weight_format != "bf16":
+        judge_format(bench.way.weight_format, recording, computed, report)
     else:
         judge(recording, computed, report)
 
