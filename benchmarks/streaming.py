@@ -311,7 +311,7 @@ def measure(stack: Stack) -> Measured:
             stack.link.seconds = pace * compute / stack.copies
             turns[pace].append(take_turn(stack))
             compute = turns[pace][-1].compute  # the pace follows a machine that becomes slower or faster
-    stack.streaming.release()
+    stack.streaming.release(CARD)
     return Measured(turns, compared, copying)
 
 
