@@ -89,7 +89,7 @@ class Setup:
             resident=made.layers[0].resident,
             expert=expert,
             read=sizes.head + sum(layer.dense + top_k * layer.expert for layer in sizes.layers),
-            memory=rates_of_card(CARD)[1],
+            memory=rates_of_card(card)[1],
             link=link,
         )
 
