@@ -365,6 +365,15 @@ def _named(table: dict[str, torch.dtype], what: str, name: str, default: str) ->
     return table[default if name == "auto" else name]
 
 
+def works(device: torch.device) -> bool:
+    """Whether tensors can be computed with on a device here."""
+    try:
+        _device(device)
+    except RequestError:
+        return False
+    return True
+
+
 def _device(asked: str | torch.device) -> torch.device:
     if asked == "auto":
         return torch.device(_best_device())

@@ -12,7 +12,7 @@ from ..hunyuan3.errors import RequestError
 from ..hunyuan3.folder import ModelFolder
 from ..hunyuan3.moe.select import MOE_BACKENDS
 from ..hunyuan3.ops.attention import ATTENTION_BACKENDS
-from ..hunyuan3.parts import DTYPES, VAE_DTYPES, LoadOptions, reads_from_files
+from ..hunyuan3.parts import DTYPES, VAE_DTYPES, LoadOptions, reads_from_files, works
 from ..hunyuan3.pipeline import Hunyuan3
 from ..hunyuan3.placement.planner import RING_GROUPS as RING_SLOTS
 from ..hunyuan3.placement.split import SplitRequest
@@ -239,11 +239,13 @@ def _split(text: str, device: str) -> SplitRequest:
             f"device is {device}, but gpu_split is {text!r} and begins on {asked.devices[0]}. Set device to 'auto', or "
             "gpu_split to 'auto'."
         )
+    if len({wanted.type for wanted in asked.devices}) > 1:
+        raise RequestError(f"gpu_split is {text!r}; GPUs and the processor cannot share the layers. Set it to 'auto'.")
     for wanted in asked.devices:
-        here = torch.cuda.device_count()
-        if wanted.type == "cuda" and wanted.index >= here:
+        if not works(wanted):
+            here = torch.cuda.device_count()
             cards = f"0 to {here - 1}" if here > 1 else "only 0" if here else "none ('cpu:0,cpu:1' tries a split)"
-            raise RequestError(f"gpu_split is {text!r}; the GPUs here: {cards}. Set it to 'auto'.")
+            raise RequestError(f"gpu_split is {text!r}; {wanted} does not work here. GPUs here: {cards}.")
     return asked
 
 

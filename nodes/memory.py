@@ -14,7 +14,7 @@ from ..hunyuan3.callbacks import Progress, no_progress
 from ..hunyuan3.errors import OutOfBudgetError, RequestError
 from ..hunyuan3.generate.prefix import PrefixStore
 from ..hunyuan3.placement.out_of_memory import is_out_of_host_memory
-from ..hunyuan3.placement.placed import PlacedModule, Unit
+from ..hunyuan3.placement.placed import HostHasRoom, PlacedModule
 from ..hunyuan3.placement.split import LayerSplit
 from .out_of_memory import EVERYTHING_ELSE, with_one_retry
 
@@ -77,55 +77,57 @@ class Budget:
         return min((limit for limit in limits if limit is not None), default=None)
 
     def make_room(self, wanted: "Sequence[PartPatcher]", work: Work) -> None:
-        """Takes the handle's other parts off the devices as far as these and their work need the room.
+        """Takes the handle's other parts off a device as far as these, which compute there, and their work need it.
 
         Raises OutOfBudgetError if they alone need more.
         """
-        for part in wanted:
-            part.room = {}
-        for device in dict.fromkeys(device for part in wanted for device in part.placed.devices):
-            self._make_room_on(device, [part for part in wanted if device in part.placed.devices], work)
-
-    def _make_room_on(self, device: torch.device, wanted: "Sequence[PartPatcher]", work: Work) -> None:
+        device = wanted[0].load_device
         limit = self.device_bytes(device)
         if limit is None:
+            for part in wanted:
+                part.room = None
             return
-        weights = sum(part.least_on(device) for part in wanted)
-        work_bytes = work.on(max(part.share_of(device) for part in wanted))
-        others = [part for part in self.parts if part not in wanted]
-        over = weights + work_bytes + sum(part.held_on(device) for part in others) - limit
+        weights = sum(part.least_bytes for part in wanted)
+        work_bytes = work.on(max(part.share for part in wanted))
+        others = [part for part in self.parts if part.load_device == device and part not in wanted]
+        over = weights + work_bytes + sum(part.loaded_size() for part in others) - limit
         for part in others:
-            if over > 0 and part.held_on(device):
-                before = part.held_on(device)
+            if over > 0 and part.loaded_size():
+                before = part.loaded_size()
                 # On the CPU what is kept frees nothing.
-                part.drop() if mm.is_device_cpu(device) else part.make_off(device, over)
-                over -= before - part.held_on(device)
-        if over + sum(part.kept_on(device) for part in wanted) > 0:
+                part.drop() if mm.is_device_cpu(device) else part.partially_unload(_HOST, over)
+                over -= before - part.loaded_size()
+        if over + sum(part.kept_bytes() for part in wanted) > 0:
             for part in wanted:
                 part.give_up_kept()
         for part in wanted:  # what may stream takes what is left
-            part.room[device] = max(0, -over)
+            part.room = max(0, -over)
         if over > 0:
             names = " and the ".join(part.placed.name for part in wanted)
-            where = "" if len(wanted[0].placed.devices) == 1 else f" on {device}"
             raise OutOfBudgetError(
-                f"The {names} takes {weights / GIB:.2f} GiB{where} and its work {work_bytes / GIB:.2f} GiB; the "
+                f"The {names} takes {weights / GIB:.2f} GiB on {device} and its work {work_bytes / GIB:.2f} GiB; the "
                 f"loader's budget allows {limit / GIB:.2f} GiB. Raise vram_budget, ram_budget or the memory in "
-                "gpu_split (0: all there is), choose a smaller format in the loader, or ask for a smaller picture."
+                "gpu_split, choose a smaller format in the loader, or ask for a smaller picture."
             )
 
     def host_has_room(self, nbytes: int) -> bool:
-        """Whether evicted weights may stay in host memory: within the budget, and a tenth of the host stays free."""
-        kept = sum(part.placed.host_bytes for part in self.parts)
-        if self.ram is not None and kept + nbytes > self.ram:
-            return False
-        return mm.get_free_memory(_HOST) - nbytes > 0.1 * mm.get_total_memory(_HOST)
+        """Whether so many bytes of evicted weights may stay in host memory: see `host_room`."""
+        return nbytes <= self.host_room()
+
+    def host_room(self) -> float:
+        """Bytes of weights that may still come to host memory: within the budget, a tenth of the host stays free."""
+        room = mm.get_free_memory(_HOST) - kept_free_on_host()
+        if self.ram is None:
+            return room
+        return min(room, self.ram - sum(placed.host_bytes for placed in {part.placed for part in self.parts}))
 
 
 class PartPatcher(ModelPatcher):
-    """Moves a `PlacedModule` when the memory manager asks; its weights are read when they are first loaded.
+    """Moves what a `PlacedModule` has on one device when the memory manager asks; weights are read when first loaded.
 
-    Evicted weights stay in host memory while it has room, else they are dropped and read again later.
+    A part whose layers are split over several devices has one such patcher for each, `beside` its first, so that the
+    manager counts and evicts on all of them. Evicted weights stay in host memory while it has room, else they are
+    dropped and read again later.
     """
 
     def __init__(
@@ -138,15 +140,17 @@ class PartPatcher(ModelPatcher):
         placed: PlacedModule | None = None,
         prefixes: PrefixStore | None = None,
         budget: Budget | None = None,
+        share: float = 1.0,
     ) -> None:
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
         self.placed = placed
         self.prefixes = prefixes
         self.budget = budget or Budget()
+        self.share = share  # of the layers, those on this device
         self.progress: Progress = no_progress
-        self.shares: Mapping[torch.device, float] = {load_device: 1.0}
-        self.room: dict[torch.device, int] = {}  # bytes beyond `least_on` that the loader's budget allows; absent: any
-        self.work = Work(0)  # that the parts are being loaded for
+        self.room: int | None = None  # bytes beyond `least_bytes` that the loader's budget allows
+        self.all: tuple[weakref.ref[PartPatcher], ...] = (weakref.ref(self),)  # one for each device of the part
+        self.beside: tuple[PartPatcher, ...] = ()  # the others, held by the first
 
     @classmethod
     def of(
@@ -156,19 +160,31 @@ class PartPatcher(ModelPatcher):
         budget: Budget | None = None,
         split: LayerSplit | None = None,
     ) -> "PartPatcher":
-        """The patcher of a part that computes on its own device.
+        """The patcher of a part, with one beside it for each other device of a `split`.
 
-        prefixes: kept prompts that count as part of it. budget: shared with the handle's other parts. split: where its
-        layers are, if on several devices: this patcher looks after all of them, as the memory manager knows its home
-        alone.
+        prefixes: kept prompts that count as part of it. budget: shared with the handle's other parts.
         """
-        home = placed.total_on(placed.device)
-        part = cls(placed.module, placed.device, _HOST, home, placed=placed, prefixes=prefixes, budget=budget)
-        if split is not None:
-            layers = sum(count for _device, count in split.runs)
-            part.shares = {device: count / layers for device, count in split.runs}
-        part.budget.add(part)
-        return part
+        runs = ((placed.device, 1),) if split is None else split.runs
+        layers = sum(count for _device, count in runs)
+        patchers, first = [], 0
+        for device, count in runs:
+            # The manager takes two patchers of one module for two versions of it.
+            module = placed.module if not patchers else torch.nn.ModuleList(placed.module.layers[first : first + count])
+            size, share = placed.total_on(device), count / layers
+            patchers.append(
+                cls(module, device, _HOST, size, placed=placed, prefixes=prefixes, budget=budget, share=share)
+            )
+            first += count
+        for patcher in patchers:
+            patcher.all = tuple(weakref.ref(each) for each in patchers)
+            patcher.budget.add(patcher)
+        patchers[0].beside = tuple(patchers[1:])
+        return patchers[0]
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes that must be on the device for the part to run: not those of experts that may stream."""
+        return self.placed.required_on(self.load_device) + self.placed.full_ring_on(self.load_device)
 
     def clone(self) -> "PartPatcher":
         copy = super().clone()
@@ -176,40 +192,27 @@ class PartPatcher(ModelPatcher):
         copy.prefixes = self.prefixes
         copy.budget = self.budget
         copy.progress = self.progress
-        copy.shares = self.shares
+        copy.share, copy.all, copy.beside = self.share, self.all, self.beside
         return copy
-
-    def share_of(self, device: torch.device) -> float:
-        """Of the layers, those that a device computes."""
-        return self.shares.get(device, 0.0)
-
-    def least_on(self, device: torch.device) -> int:
-        """Bytes that must be on a device for the part to run: not those of experts that may stream."""
-        return self.placed.required_on(device) + self.placed.full_ring_on(device)
-
-    def held_on(self, device: torch.device) -> int:
-        """Bytes on a device: weights, kept prompts, and the ring of what streams."""
-        return self.placed.loaded_on(device) + self.kept_on(device) + self.placed.ring_on(device)
-
-    def kept_on(self, device: torch.device) -> int:
-        """Bytes of kept prompts on a device: each layer's are on its own."""
-        return 0 if self.prefixes is None else round(self.prefixes.nbytes * self.share_of(device))
 
     def is_dynamic(self) -> bool:
         """No: this part manages its own weights (newer ComfyUI asks)."""
         return False
 
     def model_size(self) -> int:
-        """Bytes that it wants on its home device. Once it is ready, what streams wants no more than it has."""
+        """Bytes that it wants on the device. Once it is ready, what streams wants no more than it has."""
         if self.placed is None:
             return self.size
-        if self.placed.streams is not None and self.placed.is_ready:
+        if self.placed.streams is not None and self.placed.is_ready_on(self.load_device):
             return self.loaded_size()
-        return self.placed.total_on(self.load_device) + self.kept_on(self.load_device)
+        return self.placed.total_on(self.load_device) + self.kept_bytes()
 
     def loaded_size(self) -> int:
-        """Bytes on its home device; see `held_on`."""
-        return 0 if self.placed is None else self.held_on(self.load_device)
+        """Bytes on the device: weights, kept prompts, and the ring of what streams."""
+        if self.placed is None:
+            return 0
+        device = self.load_device
+        return self.placed.loaded_on(device) + self.kept_bytes() + self.placed.ring_on(device)
 
     def current_loaded_device(self) -> torch.device:
         return self.load_device if self.loaded_size() else self.offload_device
@@ -221,28 +224,28 @@ class PartPatcher(ModelPatcher):
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
         """Loads what is missing; returns the bytes that came to the device. `extra_memory`: bytes that may be used."""
-        if self.placed.is_ready and self.placed.streams is None:
+        placed, device = self.placed, self.load_device
+        if placed.is_ready_on(device) and placed.streams is None:
             return 0
         before = self.loaded_size()
         try:
-            room = {}
-            for device in self.placed.devices:
-                extra = extra_memory if device == self.load_device else self._free_elsewhere(device)
-                if self.placed.streams is None:
-                    missing = self.placed.total_on(device) - self.placed.loaded_on(device)
-                    self._require_room(device, missing, extra)
-                else:
-                    room[device] = self._settle_streams(device, extra)
-            self.placed.load(
+            if placed.streams is None:
+                self._require_room(placed.total_on(device) - placed.loaded_on(device), extra_memory)
+                room = None
+            else:
+                room = {device: self._settle_streams(extra_memory)}
+            placed.load(
                 room=room,
-                host_has_room=self.budget.host_has_room,
+                host_has_room=self._host_has_room(room),
                 progress=self.progress,
                 check_cancelled=mm.throw_exception_if_processing_interrupted,
+                device=device,
             )
         except BaseException as error:
             # The manager does not list a part whose loading failed, so nobody would ever evict what is there already.
             self.give_up_kept()
-            self.placed.unload(host_has_room=None if is_out_of_host_memory(error) else self.budget.host_has_room)
+            keep = None if is_out_of_host_memory(error) else self.budget.host_has_room
+            placed.unload(host_has_room=keep, device=device)
             raise
         finally:
             self._tell_model()
@@ -252,27 +255,31 @@ class PartPatcher(ModelPatcher):
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
     ) -> int:
         """Gives up kept prompts, then whole layers until `memory_to_free` bytes are free; returns the bytes freed."""
-        freed = self.make_off(self.load_device, int(min(memory_to_free, 2**62)))
+        freed = self.give_up_kept()
+        if freed < memory_to_free and not self._keeping_frees_nothing():
+            freed += self.placed.unload(int(memory_to_free) - freed, self.budget.host_has_room, self.load_device)
+        self._tell_model()
         _log.info("%s: %.2f GiB evicted, %.2f GiB stay", self.placed.name, freed / GIB, self.loaded_size() / GIB)
         return freed
 
-    def make_off(self, device: torch.device, nbytes: int) -> int:
-        """Frees so many bytes on a device: kept prompts, then whole layers; returns the bytes freed there."""
-        freed = self.kept_on(device)
-        self.give_up_kept()
-        if freed < nbytes:
-            freed += self.placed.unload(nbytes - freed, self.budget.host_has_room, device)
-        self._tell_model()
-        return freed
-
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
-        """Evicts everything if `unpatch_all`; the manager also calls this with False merely to re-list a part."""
+        """Evicts everything if `unpatch_all`; the manager also calls this with False merely to re-list a part.
+
+        The part's other devices are freed as well: it cannot run without this one, and ComfyUI's "unload models" names
+        its own device alone.
+        """
         self.eject_model()
         if unpatch_all:
             self.give_up_kept()
             self.placed.unload(host_has_room=self.budget.host_has_room)
-            self._tell_model()
+            for ref in self.all:
+                if (patcher := ref()) is not None:
+                    patcher._tell_model()
         return self.model
+
+    def _keeping_frees_nothing(self) -> bool:
+        """Whether device and host are the same memory, and there is room to stay in it."""
+        return mm.is_device_cpu(self.load_device) and self.budget.host_has_room(0)
 
     def drop(self) -> None:
         """Gives everything up, also what the host would have room for; it is read again when next loaded."""
@@ -289,66 +296,61 @@ class PartPatcher(ModelPatcher):
     def add_patches(self, *args: object, **kwargs: object) -> list[str]:
         raise RequestError("LoRA and other weight patches are not supported for Hunyuan Image 3 yet.")
 
-    def _free_elsewhere(self, device: torch.device) -> float:
-        """Bytes that may be loaded to a device that is not the home, the work there taken off.
-
-        Others have made way already (`clear_elsewhere`); the memory manager does not look after this device for us.
-        """
-        return mm.get_free_memory(device) - self._beside_on(device)
-
-    def clear_elsewhere(self) -> None:
-        """Evicts others from the devices that the memory manager does not know to be this part's."""
-        for device in self.placed.devices:
-            if device != self.load_device:
-                missing = self.placed.total_on(device) + self.placed.full_ring_on(device) - self.held_on(device)
-                if missing > 0:
-                    mm.free_memory(missing + self._beside_on(device), device)
-
-    def _beside_on(self, device: torch.device) -> int:
-        """Bytes that must stay free beside the weights on a device, as the manager keeps them free on the home."""
-        return self.work.on(self.share_of(device)) + int(mm.extra_reserved_memory())
-
-    def _settle_streams(self, device: torch.device, extra_memory: float) -> int:
-        """Bytes that experts may still take on a device, when `extra_memory` more may be used; 0 after some had to go
+    def _settle_streams(self, extra_memory: float) -> int:
+        """Bytes that experts may still take on the device, when `extra_memory` more may be used; 0 after some had to go
         to make room.
         """
-        placed = self.placed
-        beside = sum(unit.nbytes for unit in self._streamed_on(device))
+        placed, device = self.placed, self.load_device
+        streamed = [unit for unit in placed.units if unit.streams and unit.device == device]
+        beside = sum(unit.nbytes for unit in streamed if placed.is_on_device(unit))
         missing = placed.required_on(device) - (placed.loaded_on(device) - beside)
         room = int(min(extra_memory, 2**62)) - (placed.full_ring_on(device) - placed.ring_on(device)) - missing
-        if device in self.room:
-            room = min(room, self.room[device] - beside)
+        if self.room is not None:
+            room = min(room, self.room - beside)
         if room < 0:
-            room += self.kept_on(device)
-            self.give_up_kept()
+            room += self.give_up_kept()
         if room < 0:
             room += placed.shrink(-room, self.budget.host_has_room, device)
         if room < 0:
-            self._require_room(device, missing - room, missing)
+            self._require_room(missing - room, missing)
         return missing + room
 
-    def _streamed_on(self, device: torch.device) -> list[Unit]:
-        """Units that could stream, but are on the device."""
-        placed = self.placed
-        return [unit for unit in placed.units if unit.streams and unit.device == device and placed.is_on_device(unit)]
+    def _host_has_room(self, room: Mapping[torch.device, int] | None) -> HostHasRoom:
+        """Whether so much more may be kept in host memory, where the part's devices share what is too little for all.
 
-    def _require_room(self, device: torch.device, missing: int, room: float) -> None:
+        room: bytes that still come to this device.
+        """
+        mine = self.placed.file_bytes_on(self.load_device) - (room or {}).get(self.load_device, 0)
+        missing = self.placed.file_bytes - self.placed.file_bytes_on(self.load_device) + max(mine, 0)
+        if not self.placed.from_files or missing <= max(mine, 0):
+            return self.budget.host_has_room
+        allowed = self.budget.host_room() * mine / missing
+        before = self.placed.host_bytes
+        return lambda nbytes: self.placed.host_bytes - before + nbytes <= allowed and self.budget.host_has_room(nbytes)
+
+    def _require_room(self, missing: int, room: float) -> None:
         if missing > room:
             raise RequestError(
-                f"The {self.placed.name} needs {missing / GIB:.1f} GiB more on {device}, ComfyUI can give it "
+                f"The {self.placed.name} needs {missing / GIB:.1f} GiB more on {self.load_device}, ComfyUI can give it "
                 f"{max(room, 0) / GIB:.1f} GiB. Close other programs that use the card, or use a larger one."
             )
 
-    def give_up_kept(self) -> int:
-        """Drops the kept prompts; returns the bytes freed."""
-        return 0 if self.prefixes is None else self.prefixes.clear()
+    def kept_bytes(self) -> int:
+        """Bytes of kept prompts on this device: each layer's are where it computes."""
+        return 0 if self.prefixes is None else round(self.prefixes.nbytes * self.share)
 
-    def make_way(self, device: torch.device, nbytes: int) -> int:
-        """Frees so many bytes on a device, if it can without ceasing to be ready; returns the bytes freed there."""
-        freed = self.kept_on(device)
-        self.give_up_kept()
+    def give_up_kept(self) -> int:
+        """Drops the kept prompts, on all devices; returns the bytes freed on this one."""
+        freed = self.kept_bytes()
+        if self.prefixes is not None:
+            self.prefixes.clear()
+        return freed
+
+    def make_way(self, nbytes: int) -> int:
+        """Frees so many bytes on the device, if it can without ceasing to be ready; returns the bytes freed."""
+        freed = self.give_up_kept()
         if freed < nbytes and self.placed.streams is not None:
-            freed += self.placed.shrink(nbytes - freed, self.budget.host_has_room, device)
+            freed += self.placed.shrink(nbytes - freed, self.budget.host_has_room, self.load_device)
             self._tell_model()
         return freed
 
@@ -371,47 +373,55 @@ def bring_to_device(
     OutOfBudgetError is raised, with `advice`, the settings that would make these parts smaller. It is raised at once
     where the loader's budget does not allow the work.
     """
-    parts = [parts] if isinstance(parts, PartPatcher) else list(parts)
+    asked = [parts] if isinstance(parts, PartPatcher) else list(parts)
     work = Work(work) if isinstance(work, int) else work
-    parts[0].budget.make_room(parts, work)
-    for part in parts:
-        part.work = work
+    everywhere = [patcher for part in asked for patcher in (part, *part.beside)]
+    devices = dict.fromkeys(patcher.load_device for patcher in everywhere)
+    groups = [[patcher for patcher in everywhere if patcher.load_device == device] for device in devices]
+    for group in groups:
+        group[0].budget.make_room(group, work)
     with_one_retry(
-        f"loading the {' and the '.join(part.placed.name for part in parts)}",
-        lambda _plan: _load(parts, progress),
+        f"loading the {' and the '.join(part.placed.name for part in asked)}",
+        lambda _plan: _load(groups, work, progress),
         None,
         lambda _plan, _error: (None, EVERYTHING_ELSE),
-        parts=parts,
-        expected=lambda _plan: sum(part.model_size() - part.loaded_size() for part in parts),
+        parts=everywhere,
+        expected=lambda _plan: sum(part.model_size() - part.loaded_size() for part in everywhere),
         advice=lambda _plan: advice,
         tell=lambda text: progress(text, 0, 1),
     )
-    for part in parts:
-        for device in part.placed.devices:
-            missing = work.on(part.share_of(device)) - mm.get_free_memory(device)
-            if missing > 0 and part.make_way(device, int(missing)):
+    for group in groups:
+        for part in group:
+            missing = work.on(part.share) - mm.get_free_memory(part.load_device)
+            if missing > 0 and part.make_way(int(missing)):
                 mm.soft_empty_cache()
 
 
-def _load(parts: Sequence[PartPatcher], progress: Progress) -> None:
-    for part in parts:
+def _load(groups: Sequence[Sequence[PartPatcher]], work: Work, progress: Progress) -> None:
+    """Each group is of one device. If one fails, none stays where nobody evicts it."""
+    everywhere = [part for group in groups for part in group]
+    for part in everywhere:
         part.progress = progress
-        part.clear_elsewhere()
-    work = max(part.work.on(part.share_of(part.load_device)) for part in parts)
     try:
-        mm.load_models_gpu(parts, memory_required=work)
+        for group in groups:
+            mm.load_models_gpu(group, memory_required=work.on(max(part.share for part in group)))
     except BaseException:
         # The manager takes all of them off its list before it loads the first: those that it did not come to would
         # stay on the card where nobody evicts them.
-        for part in parts:
+        for part in everywhere:
             if part not in mm.loaded_models():
                 part.detach()
         raise
     finally:
-        for part in parts:
+        for part in everywhere:
             part.progress = no_progress
 
 
 def most_free_memory(device: torch.device) -> float:
     """Bytes that ComfyUI could free on a device by evicting every model."""
     return mm.get_total_memory(device) - mm.extra_reserved_memory()
+
+
+def kept_free_on_host() -> float:
+    """Bytes of the host's memory that stay free: a tenth of it."""
+    return 0.1 * mm.get_total_memory(_HOST)

@@ -99,6 +99,7 @@ def _make_room(parts: "Sequence[PartPatcher]", host: bool) -> None:
     `host`: it is the host's memory that ran out. Then our other weights are dropped, to be read again from the files
     when needed, and nothing is moved there from a card.
     """
+    parts = [patcher for part in parts for patcher in (part, *part.beside)]
     for part in parts:
         part.give_up_kept()
     gc.collect()
@@ -106,7 +107,7 @@ def _make_room(parts: "Sequence[PartPatcher]", host: bool) -> None:
         for model in mm.loaded_models():
             if hasattr(model, "drop") and model not in parts:
                 model.drop()
-    for device in {device for part in parts for device in part.placed.devices}:
+    for device in {part.load_device for part in parts}:
         if not host or mm.is_device_cpu(device):
             keep = [loaded for loaded in mm.current_loaded_models if loaded.model in parts]
             mm.free_memory(1e30, device, keep_loaded=keep)

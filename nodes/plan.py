@@ -8,14 +8,14 @@ import torch
 
 from ..hunyuan3.errors import OutOfBudgetError
 from ..hunyuan3.folder import ModelFolder
-from ..hunyuan3.parts import ResolvedOptions, reads_from_files
+from ..hunyuan3.parts import ResolvedOptions, reads_from_files, works
 from ..hunyuan3.placement.budget import DISK, DeviceBudget, HostBudget, PartSizes, Rate, Workload
 from ..hunyuan3.placement.plan import Plan
 from ..hunyuan3.placement.planner import attempt, plan
 from ..hunyuan3.placement.split import LayerSplit, SplitRequest
 from ..hunyuan3.plan import rates_of_card, sizes_of
 from ..hunyuan3.quant.policy import FORMATS, storage_of
-from .memory import GIB, Budget, most_free_memory
+from .memory import GIB, Budget, kept_free_on_host, most_free_memory
 
 _HOST = torch.device("cpu")
 _CPU_COMPUTE, _CPU_MEMORY = 1e12, 50e9  # FLOP/s and bytes/s of an ordinary processor; assumed
@@ -43,45 +43,49 @@ def planned(
         vae_dtype=options.vae_dtype,
     )
     sizes = {options.format: _sizes(folder, options, options.format)}
-    host, choices = _host(folder, options, budget), _choices(options.device, asked)
-    counts = None if asked is None else asked.layers
-    streaming = not mm.is_device_cpu(options.device)
+    choices = _choices(options.device, asked)
+    ways = {
+        "streaming": not mm.is_device_cpu(options.device),
+        "split": True,
+        "counts": None if asked is None else asked.layers,
+    }
 
-    def fits(side: int) -> Plan | None:
-        smaller, best = replace(work, width=side, height=side), None
-        for devices in choices:
-            budgets = _devices(devices, budget)
-            made = attempt(
-                config, sizes[options.format], budgets, host, smaller, streaming=streaming, split=True, counts=counts
-            )
-            best = made if isinstance(made, Plan) else best
-            if best is not None and best.fits_whole:
-                break
+    def fits(side: int, within: Budget) -> Plan | None:
+        smaller, host, best = replace(work, width=side, height=side), _host(folder, options, within), None
+        for devices, least in choices:
+            budgets = _devices(devices, within)
+            made = attempt(config, sizes[options.format], budgets, host, smaller, **ways, least=least)
+            if isinstance(made, Plan):
+                best = made
+                if made.fits_whole or len(devices) > 1:
+                    break
         return best
 
-    made = fits(base)
+    made = fits(base, budget)
     if made is not None:
         return made, made.text()
     for side in (side for side in _SMALLER if side < base):
-        if (made := fits(side)) is not None:
+        if (made := fits(side, budget)) is not None:
             return made, f"{base}x{base} does not fit, {side}x{side} does.\n{made.text()}"
     if folder.stored_format == "bf16":  # a pack is what it is
         sizes |= {name: _sizes(folder, options, name) for name in FORMATS if name == storage_of(name)} | sizes
-    budgets = _devices(choices[-1], budget)
+    devices, least = choices[-1]
+    limits = [budget.vram, budget.ram, *budget.by_device.values()]
+    own = any(limit is not None for limit in limits) and fits(base, Budget()) is not None
+    advice = " It fits without the limits in vram_budget, ram_budget and gpu_split." if own else ""
     try:
         plan(
             config,
             sizes[options.format],
-            budgets,
-            host,
+            _devices(devices, budget),
+            _host(folder, options, budget),
             work,
-            streaming=streaming,
-            split=True,
-            counts=counts,
+            **ways,
+            least=least,
             alternatives=sizes,
         )
     except OutOfBudgetError as error:
-        raise OutOfBudgetError(f"This model cannot be drawn with here: {error}") from None
+        raise OutOfBudgetError(f"This model cannot be drawn with here: {error}{advice}") from None
     raise AssertionError("a plan that was refused before is there now")
 
 
@@ -91,14 +95,23 @@ def split_of(plan: Plan) -> LayerSplit:
     return LayerSplit(tuple((torch.device(name), names.count(name)) for name in dict.fromkeys(names)))
 
 
-def _choices(home: torch.device, asked: SplitRequest | None) -> list[tuple[torch.device, ...]]:
-    """Devices that may be used together, in the order in which to try them."""
+def _choices(
+    home: torch.device, asked: SplitRequest | None
+) -> list[tuple[tuple[torch.device, ...], tuple[int, ...] | None]]:
+    """(devices that may be used together, layers that each must have at least), in the order in which to try them.
+
+    Who names devices gets all of them. Otherwise the home computes, if anything can be drawn like that.
+    """
     if asked is None:
-        return [(home,)]
+        return [((home,), None)]
     if asked.devices:
-        return [asked.devices]
+        return [(asked.devices, (1,) * len(asked.devices))]
     others = other_cards(home)
-    return [(home,), (home, *others)] if others else [(home,)]
+    alone = [((home,), None)]
+    if not others:
+        return alone
+    together = (home, *others)
+    return [*alone, (together, (1,) + (0,) * len(others)), (together, None)]
 
 
 def other_cards(home: torch.device) -> tuple[torch.device, ...]:
@@ -106,7 +119,7 @@ def other_cards(home: torch.device) -> tuple[torch.device, ...]:
     if home.type != "cuda":
         return ()
     cards = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
-    return tuple(card for card in cards if card != torch.device("cuda", home.index or 0))
+    return tuple(card for card in cards if card != torch.device("cuda", home.index or 0) and works(card))
 
 
 def _sizes(folder: ModelFolder, options: ResolvedOptions, weight_format: str) -> PartSizes:
@@ -120,13 +133,15 @@ def _devices(devices: Sequence[torch.device], budget: Budget) -> list[DeviceBudg
 
 
 def _device(device: torch.device, budget: Budget, sharing: int = 1) -> DeviceBudget:
-    free = _most_free(device)
-    limit = budget.device_bytes(device)
-    if mm.is_device_cpu(device):
-        nbytes = int((free if limit is None else min(free, limit)) / sharing)
+    free, limit = _most_free(device), budget.device_bytes(device)
+    is_cpu = mm.is_device_cpu(device)
+    if is_cpu:
+        free /= sharing
+    nbytes = int(free if limit is None else min(free, limit))
+    if is_cpu:
         return DeviceBudget(str(device), nbytes, Rate(_CPU_COMPUTE), Rate(_CPU_MEMORY))
     compute, memory = rates_of_card(mm.get_total_memory(device) / GIB)
-    return DeviceBudget(str(device), int(free if limit is None else min(free, limit)), Rate(compute), Rate(memory))
+    return DeviceBudget(str(device), nbytes, Rate(compute), Rate(memory))
 
 
 def _host(folder: ModelFolder, options: ResolvedOptions, budget: Budget) -> HostBudget:
@@ -135,6 +150,7 @@ def _host(folder: ModelFolder, options: ResolvedOptions, budget: Budget) -> Host
     if mm.is_device_cpu(device):
         return HostBudget(pinned=0, pageable=_device(device, budget).nbytes, disk=Rate(0.0))
     free = _most_free(_HOST)
+    free = max(0.0, free - kept_free_on_host())
     usable = int(free if budget.ram is None else min(free, budget.ram))
     pinned = min(usable, most_pinned()) if device.type == "cuda" else 0
     disk = Rate(DISK if reads_from_files(options.format, folder.stored_format) else 0.0)

@@ -122,8 +122,7 @@ def require_room_to_decode(model: ModelHandle, size: ImageSize) -> None:
     Asked before the first step is drawn, so that no finished drawing is lost to a decode that cannot be.
     """
     core = model.model
-    room = most_free_memory(core.options.device) - model.vae.model_size()
-    decode_tile_size(core.folder.config.vae, size.height, size.width, core.options.vae_dtype, int(room))
+    decode_tile_size(core.folder.config.vae, size.height, size.width, core.options.vae_dtype, _most_room(model))
 
 
 def in_tiles(
@@ -190,12 +189,20 @@ def _prepare(model: ModelHandle, size: ImageSize, tile_size: int, progress: Node
     core = model.model
     vae, dtype, device = core.folder.config.vae, core.options.vae_dtype, core.options.device
     if tile_size == 0:
-        room = most_free_memory(device) - model.vae.model_size()
-        tile_size = decode_tile_size(vae, size.height, size.width, dtype, int(room)) or 0
+        tile_size = decode_tile_size(vae, size.height, size.width, dtype, _most_room(model)) or 0
     bring_to_device(model.vae, _work(model, size, tile_size), progress, advice=smaller_vae(model))
     if tile_size == 0:  # others may hold memory that is not ComfyUI's to free
-        tile_size = decode_tile_size(vae, size.height, size.width, dtype, int(mm.get_free_memory(device))) or 0
+        room = min(int(mm.get_free_memory(device)), _most_room(model))
+        tile_size = decode_tile_size(vae, size.height, size.width, dtype, room) or 0
     return tile_size or None
+
+
+def _most_room(model: ModelHandle) -> int:
+    """Bytes that ComfyUI and the loader's budget could give to the VAE's work."""
+    device = model.model.options.device
+    limit = model.vae.budget.device_bytes(device)
+    most = most_free_memory(device)
+    return int((most if limit is None else min(most, limit)) - model.vae.model_size())
 
 
 def _crop(pixels: torch.Tensor) -> torch.Tensor:

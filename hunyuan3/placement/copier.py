@@ -131,7 +131,9 @@ class StreamCopier:
         self._copy = copy
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hunyuan3-read-ahead")
         self._reads: dict[int, Future[nn.Module]] = {}
+        self._forgotten: dict[int, Future[nn.Module]] = {}
         self._staging: dict[int, nn.Module] = {}  # by slot, page-locked
+        self._sent: dict[int, torch.cuda.Event] = {}  # by slot, what was in its page-locked memory
         self._arrived: dict[int, torch.cuda.Event] = {}
         self._done: dict[int, torch.cuda.Event] = {}
         self._written: dict[int, torch.cuda.Event] = {}  # by source in host memory
@@ -157,12 +159,13 @@ class StreamCopier:
         """Reads an expert into the slot's page-locked memory. In the thread; raises what reading raises."""
         staging = self._staging.get(id(slot))
         if staging is None:
-            staging = copy.deepcopy(slot.bank).cpu()
-            for parameter in staging.parameters():
-                parameter.data = parameter.data.pin_memory()
+            staging = copy.deepcopy(source)  # without storage: it is in no memory
+            for name, parameter in slot.bank.named_parameters():
+                room = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=True)
+                setattr(staging, name, nn.Parameter(room, requires_grad=False))
             self._staging[id(slot)] = staging
-        else:
-            self._stream.synchronize()  # what it held may still be on its way
+        elif id(slot) in self._sent:
+            self._sent.pop(id(slot)).synchronize()  # what it held may still be on its way
         self._copy(source, staging)
         return staging
 
@@ -170,25 +173,28 @@ class StreamCopier:
         read = self._reads.pop(id(slot), None)
         if read is not None:
             self._begin(read.result(), slot)
+            self._sent[id(slot)] = self._arrived[id(slot)]
         torch.cuda.current_stream(self._device).wait_event(self._arrived.pop(id(slot)))
 
     def used(self, slot: RingSlot) -> None:
         self._done[id(slot)] = torch.cuda.current_stream(self._device).record_event()
 
     def drain(self, slot: RingSlot) -> None:
-        read = self._reads.pop(id(slot), None)
-        if read is not None and not read.cancel():
-            read.exception()
+        for read in (self._reads.pop(id(slot), None), self._forgotten.pop(id(slot), None)):
+            if read is not None and not read.cancel():
+                read.exception()
         self._done.pop(id(slot), None)
         arrived = self._arrived.pop(id(slot), None)
         if arrived is not None:
             arrived.synchronize()
+        if (sent := self._sent.pop(id(slot), None)) is not None:
+            sent.synchronize()
         self._staging.pop(id(slot), None)
 
     def forget(self, slot: RingSlot) -> None:
         read = self._reads.pop(id(slot), None)
-        if read is not None:
-            read.cancel()  # one that runs goes on, and the thread does one after the other
+        if read is not None and not read.cancel():
+            self._forgotten[id(slot)] = read  # it runs, and the thread does one after the other
         # Later copies come behind one that is begun, on the same stream; its event stays for `drain`.
 
     def exchange(self, slot: RingSlot, resident: nn.Module, away: nn.Module) -> None:

@@ -84,8 +84,7 @@ class PlacedModule:
         """
         self.name = name
         self.module = module
-        # What streams comes last, and is the first to go.
-        self.units = tuple(sorted(units, key=lambda unit: unit.streams))
+        self.units = _in_order(units)
         self.device = device
         self.devices = tuple(dict.fromkeys((device, *(unit.device for unit in self.units))))
         self._read = read
@@ -137,7 +136,11 @@ class PlacedModule:
     @property
     def file_bytes(self) -> int:
         """Bytes of the weights that are in no memory."""
-        return sum(unit.nbytes for unit in self.units if self._where[unit.name] == _NOWHERE)
+        return sum(self.file_bytes_on(device) for device in self.devices)
+
+    def file_bytes_on(self, device: torch.device) -> int:
+        """Bytes of those of them that are computed with on a device."""
+        return sum(u.nbytes for u in self.units if u.device == device and self._where[u.name] == _NOWHERE)
 
     def is_on_device(self, unit: Unit) -> bool:
         """Whether a unit is on its device."""
@@ -146,9 +149,14 @@ class PlacedModule:
     @property
     def is_ready(self) -> bool:
         """Whether the module can run."""
+        return all(self.is_ready_on(device) for device in self.devices)
+
+    def is_ready_on(self, device: torch.device) -> bool:
+        """Whether what is computed on a device can run."""
         return all(
             self.is_on_device(unit) or (unit.streams and (self.from_files or self._where[unit.name] == _HOST))
             for unit in self.units
+            if unit.device == device
         )
 
     def load(
@@ -158,6 +166,7 @@ class PlacedModule:
         host_has_room: HostHasRoom | None = None,
         progress: Progress = no_progress,
         check_cancelled: CheckCancelled = never_cancelled,
+        device: torch.device | None = None,
     ) -> nn.Module:
         """Brings every unit to where it is used from, and returns the module.
 
@@ -165,6 +174,7 @@ class PlacedModule:
             room: bytes that may be loaded to a device beside what is there, the same for each or by device; None, or
                 a device left out, for as many as it takes. Units that stream stay in host memory where it is used up.
             host_has_room: asked before such a unit is put there; None: it always has.
+            device: only what is computed on this one; None: everything.
 
         If it is stopped or fails, complete units stay where they are and the next call goes on from there. Raises
         OutOfBudgetError if a unit finds no place; where it may stream from its files it stays in them.
@@ -173,10 +183,12 @@ class PlacedModule:
         left: dict[torch.device, float] = dict.fromkeys(self.devices, float("inf"))
         if room is not None:
             left |= room if isinstance(room, Mapping) else dict.fromkeys(self.devices, room)
-        if self.is_ready and not self._gap(left, has_room):
+        units = [unit for unit in self.units if device in (None, unit.device)]
+        ready = self.is_ready if device is None else self.is_ready_on(device)
+        if ready and not self._gap(units, left, has_room):
             return self.module
-        done = 0
-        for unit in self.units:
+        done, total = 0, sum(unit.nbytes for unit in units)
+        for unit in units:
             check_cancelled()
             if not self.is_on_device(unit):
                 if not unit.streams or unit.nbytes <= left[unit.device]:
@@ -188,7 +200,7 @@ class PlacedModule:
                     elif not self.from_files:
                         raise self._no_place(unit)
             done += unit.nbytes
-            progress(f"load {self.name}", done, self.total_bytes)
+            progress(f"load {self.name}", done, total)
         return self.module
 
     def unload(
@@ -251,9 +263,9 @@ class PlacedModule:
             if self._where[unit.name] != _NOWHERE:
                 self._move(unit, _NOWHERE)
 
-    def _gap(self, room: Mapping[torch.device, float], host_has_room: HostHasRoom) -> bool:
+    def _gap(self, units: Iterable[Unit], room: Mapping[torch.device, float], host_has_room: HostHasRoom) -> bool:
         """Whether a unit streams that would fit on its device, or from its files though it would fit in host memory."""
-        for unit in self.units:
+        for unit in units:
             waits = not self.is_on_device(unit)
             if waits and unit.nbytes <= room[unit.device]:
                 return True
@@ -290,6 +302,16 @@ class PlacedModule:
             self._lock.unlock(unit.name)
             if device == _HOST:
                 self._lock.lock(unit.name, (self.module.get_parameter(name).data for name in unit.parameters))
+
+
+def _in_order(units: Iterable[Unit]) -> tuple[Unit, ...]:
+    """What streams comes last, and is the first to go; of several devices in turns, so that each gets its share."""
+    seen: dict[torch.device, int] = {}
+    keys = []
+    for index, unit in enumerate(units := list(units)):
+        seen[unit.device] = seen.get(unit.device, 0) + unit.streams
+        keys.append((unit.streams, seen[unit.device] if unit.streams else 0, index))
+    return tuple(unit for _key, unit in sorted(zip(keys, units, strict=True), key=lambda pair: pair[0]))
 
 
 def _always(_nbytes: int) -> bool:

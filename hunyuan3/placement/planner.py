@@ -22,7 +22,7 @@ from .plan import DevicePlan, LayerPlan, Plan, Refusal, gib
 
 GROUP = 1  # experts that are copied, and computed, together: one of the published model is 20 to 75 MB
 RING_GROUPS = 8  # what the link needs to go on while a layer's attention is computed (benchmarks/streaming.py)
-_MAX_SPLITS = 10_000  # ways to cut the layers that are tried; up to four devices
+_MAX_SPLITS = 1_000  # ways to cut the layers that are tried; up to three devices
 _SMALLER_SIDES = (1024, 768, 512, 256)  # pictures that a refusal may advise
 _CPU = "cpu"
 
@@ -37,6 +37,7 @@ def plan(
     streaming: bool,
     split: bool,
     counts: Sequence[int] | None = None,
+    least: Sequence[int] | None = None,
     alternatives: Mapping[str, PartSizes] | None = None,
 ) -> Plan:
     """The fastest plan within the budgets.
@@ -47,12 +48,12 @@ def plan(
         host: what may hold streamed weights.
         streaming: whether experts may be streamed; if not, a plan that needs it is refused.
         split: whether layers may be shared out over several devices; if not, only the first device is used.
-        counts: the layers of each device, None to choose them.
+        counts: the layers of each device, None to choose them. least: of the devices, if they are chosen.
         alternatives: sizes of other formats by name, which a refusal may advise.
 
     Raises OutOfBudgetError with what was asked, what was there, and changes each of which was tried and works.
     """
-    outcome = attempt(config, sizes, devices, host, work, streaming=streaming, split=split, counts=counts)
+    outcome = attempt(config, sizes, devices, host, work, streaming=streaming, split=split, counts=counts, least=least)
     if isinstance(outcome, Plan):
         return outcome
     hints = advice(
@@ -65,6 +66,7 @@ def plan(
         streaming=streaming,
         split=split,
         counts=counts,
+        least=least,
         alternatives=alternatives or {},
     )
     raise OutOfBudgetError(f"{outcome.text} {' '.join(hints)}")
@@ -80,11 +82,12 @@ def attempt(
     streaming: bool,
     split: bool,
     counts: Sequence[int] | None = None,
+    least: Sequence[int] | None = None,
 ) -> Plan | Refusal:
     """As `plan`, but a refusal is a value.
 
     Layers go to the devices in contiguous runs. Every way to cut them is tried, the one in proportion to the devices'
-    room first, and the fastest taken; with more than four devices only that first one. With `counts` only these.
+    room first, and the fastest taken; with more than three devices only that first one. With `counts` only these.
 
     Raises RequestError for counts that are not one per device, or not of as many layers as there are.
     """
@@ -104,12 +107,16 @@ def attempt(
         streaming = streaming and host.disk.value > 0
     needs = _Needs.of(config, sizes, work)
     best: Plan | Refusal | None = None
-    ways = [counts] if counts is not None else _splits(len(sizes.layers), [device.nbytes for device in chosen])
+    rooms = [device.nbytes for device in chosen]
+    ways = [counts] if counts is not None else _splits(len(sizes.layers), rooms, least or [0] * len(rooms))
     for way in ways:
         outcome = _with_split(config, sizes, chosen, way, host, work, needs, streaming)
         if best is None or _better(outcome, best):
             best = outcome
-    assert best is not None
+    if best is None:
+        raise RequestError(
+            f"{len(chosen)} devices must have a layer each, but this model has only {len(sizes.layers)}."
+        )
     return best
 
 
@@ -124,13 +131,14 @@ def advice(
     streaming: bool,
     split: bool,
     counts: Sequence[int] | None = None,
+    least: Sequence[int] | None = None,
     alternatives: Mapping[str, PartSizes],
 ) -> list[str]:
     """Sentences with single changes that make it fit. Each was tried: a plan with it exists."""
 
     def fits(**changes: object) -> bool:
         given = {"sizes": sizes, "devices": devices, "host": host, "work": work, "streaming": streaming, "split": split}
-        given |= {"counts": counts}
+        given |= {"counts": counts, "least": least}
         return isinstance(attempt(config, **(given | changes)), Plan)
 
     hints = []
@@ -144,6 +152,8 @@ def advice(
         hints.append(f"It fits if the layers may be split over the {len(devices)} devices.")
     if counts is not None and fits(counts=None):
         hints.append("It fits if the layers are shared out otherwise.")
+    if least is not None and fits(least=None):
+        hints.append("It fits if not every device must have a layer.")
     if work.rows > 1 and fits(work=replace(work, rows=1, passes=work.rows * work.passes)):
         hints.append("It fits with sequential guidance (the branches one after the other, slower).")
     if work.batch > 1:
@@ -292,13 +302,13 @@ def _with_split(
         fit = _fit(sizes, layers, extra, device.nbytes, needs, streaming)
         if isinstance(fit, int) and not streaming:
             text = (
-                f"{device.name} has {gib(device.nbytes)}; {count} layers at {_workload(work)} need {gib(fit)} "
+                f"{device.name} has {gib(device.nbytes)}; {_layers(count)} at {_workload(work)} need {gib(fit)} "
                 f"there, and experts may not be streamed."
             )
             return Refusal(device.name, fit, device.nbytes, text)
         if isinstance(fit, int):
             text = (
-                f"{device.name} has {gib(device.nbytes)}; the least that {count} layers at {_workload(work)} need "
+                f"{device.name} has {gib(device.nbytes)}; the least that {_layers(count)} at {_workload(work)} need "
                 f"there is {gib(fit)}, with no expert kept on it."
             )
             return Refusal(device.name, fit, device.nbytes, text)
@@ -482,19 +492,29 @@ def _cost(expert: Sequence[int], wanted: Sequence[int], level: int) -> int:
     return sum(min(level, want) * size for want, size in zip(wanted, expert, strict=True))
 
 
-def _splits(layers: int, rooms: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Numbers of layers per device: in proportion to their room first, then every other way if these are not many."""
+def _splits(layers: int, rooms: Sequence[int], least: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Numbers of layers per device, at least so many: in proportion to their room first, then every other way if these
+    are not many.
+    """
     total = sum(rooms)
     ends = [round(layers * sum(rooms[: index + 1]) / total) if total else layers for index in range(len(rooms))]
-    proportional = tuple(stop - start for start, stop in zip([0, *ends[:-1]], ends, strict=True))
+    counts = [stop - start for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
+    for index, needed in enumerate(least):
+        while counts[index] < needed:
+            spare = [count - kept for count, kept in zip(counts, least, strict=True)]
+            if max(spare) < 1:
+                return  # fewer layers than devices that must have one
+            counts[spare.index(max(spare))] -= 1
+            counts[index] += 1
+    proportional = tuple(counts)
     yield proportional
     if comb(layers + len(rooms) - 1, len(rooms) - 1) > _MAX_SPLITS:
         return
     for bars in combinations(range(layers + len(rooms) - 1), len(rooms) - 1):
         edges = [-1, *bars, layers + len(rooms) - 1]
-        counts = tuple(edges[i + 1] - edges[i] - 1 for i in range(len(rooms)))
-        if counts != proportional:
-            yield counts
+        way = tuple(edges[i + 1] - edges[i] - 1 for i in range(len(rooms)))
+        if way != proportional and all(count >= needed for count, needed in zip(way, least, strict=True)):
+            yield way
 
 
 def _better(new: Plan | Refusal, old: Plan | Refusal) -> bool:
@@ -511,6 +531,10 @@ def _better(new: Plan | Refusal, old: Plan | Refusal) -> bool:
 
 def _smallest_tile(work: Workload) -> tuple[int, int]:
     return min(estimate.SMALLEST_TILE, work.height), min(estimate.SMALLEST_TILE, work.width)
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _workload(work: Workload) -> str:

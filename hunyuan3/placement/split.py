@@ -10,6 +10,7 @@ from ..errors import RequestError
 
 _GIB, _GB = 2**30, 10**9
 _ITEM = re.compile(r"(?P<device>[a-z]+:\d+|\d+)(?::(?P<amount>[\d.]+)\s*(?P<unit>GiB|GB)?)?", re.IGNORECASE)
+_LAST = 99  # torch keeps a device's number in a byte: larger ones come out as others
 _GRAMMAR = (
     "write 'auto', devices in the order in which they compute ('0,1'), each with its number of layers "
     "('0:20,1:12'), or each with the memory that it may use ('0:22GiB,1:40GiB')"
@@ -101,6 +102,8 @@ def halves(devices: Sequence[torch.device], layers: int) -> LayerSplit:
 
 
 def _device(text: str, kind: str, whole: str, name: str) -> torch.device:
+    if int(text.rpartition(":")[2]) > _LAST:
+        raise RequestError(f"{name} is {whole!r}; there is no device {text}.")
     try:
         return torch.device(f"{kind}:{text}" if text.isdigit() else text.lower())
     except RuntimeError as error:
@@ -116,7 +119,7 @@ def _layers(amount: str, whole: str, name: str) -> int:
 def _bytes(amount: str, unit: str, whole: str, name: str) -> int:
     try:
         nbytes = int(float(amount) * (_GIB if unit.lower() == "gib" else _GB))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise RequestError(f"{name} is {whole!r}; {amount} is not a number.") from error
     if nbytes < 1:
         raise RequestError(f"{name} is {whole!r}; a device needs some memory.")

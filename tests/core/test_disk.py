@@ -3,19 +3,23 @@
 `torch.device("cpu", 0)` stands in for a card (see test_streaming.py).
 """
 
+import contextlib
 import gc
+import threading
 import weakref
 
 import pytest
 import torch
 
+from hunyuan3.checkpoint.read import TensorReader
 from hunyuan3.errors import CheckpointError, OutOfBudgetError, RequestError
 from hunyuan3.folder import ModelFolder
 from hunyuan3.generate.sampling import SamplingOptions
 from hunyuan3.pack import pack
 from hunyuan3.parts import LoadOptions
 from hunyuan3.pipeline import Hunyuan3
-from hunyuan3.placement.copier import DirectCopier, is_in_files
+from hunyuan3.placement.copier import DirectCopier, RingSlot, StreamCopier, is_in_files
+from hunyuan3.placement.ring import ExpertRing
 from hunyuan3.placement.split import LayerSplit
 from hunyuan3.writing import TextRequest, answering
 
@@ -97,9 +101,13 @@ def test_packs_are_read_as_they_are(folders, tmp_path, name):
     assert places(model) == (2, 2, 4)
 
 
-def test_in_the_dtype_of_the_files_nothing_is_converted(folders):
+def test_in_the_dtype_of_the_files_nothing_is_converted(folders, monkeypatch):
     expected = latents(Hunyuan3.load(folders["instruct"], device=CARD, dtype="bfloat16", moe_backend="loop"))
-    assert torch.equal(latents(opened(folders["instruct"], 2, 2, dtype="bfloat16")), expected)
+    model = opened(folders["instruct"], 2, 2, dtype="bfloat16")
+    model.transformer()
+    monkeypatch.setattr(TensorReader, "get", lambda *_arguments: pytest.fail("read by way of a buffer"))
+    assert torch.equal(latents(model), expected)
+    assert bytes_read(model)
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -199,3 +207,110 @@ def test_weights_die_with_their_model(folders):
         assert weights() is None
     finally:
         gc.enable()
+
+
+# on a card: the order of things alone, as for the copies from host memory (test_expert_cache.py)
+
+
+class Event:
+    def __init__(self, journal, name):
+        self.journal, self.name = journal, name
+
+    def synchronize(self):
+        self.journal.append(f"host waits for {self.name}")
+
+
+class Stream:
+    def __init__(self, journal, name):
+        self.journal, self.name, self.count = journal, name, 0
+
+    def record_event(self):
+        self.count += 1
+        return Event(self.journal, f"{self.name} {self.count}")
+
+    def wait_event(self, event):
+        self.journal.append(f"{self.name} waits for {event.name}")
+
+    def wait_stream(self, other):
+        self.journal.append(f"{self.name} waits for {other.name}")
+
+
+class OnDisk(torch.nn.Module):
+    """An expert of one number, which is in no memory."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+        self.weight = torch.nn.Parameter(torch.empty(1, device="meta"), requires_grad=False)
+
+
+@pytest.fixture
+def journal(monkeypatch):
+    journal = []
+    copies, compute = Stream(journal, "copies"), Stream(journal, "compute")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: copies)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: compute)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **kinds: empty(*shape, **kinds))
+    return journal
+
+
+def ring_of(journal, read, slots=2):
+    def room():
+        bank = OnDisk(-1)
+        bank.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+        return RingSlot(bank)
+
+    def copy(source, target):
+        journal.append(f"read {source.number}")
+        read(source)
+        target.weight.fill_(source.number)
+
+    return ExpertRing(room, slots, StreamCopier(CARD, copy))
+
+
+def test_a_read_waits_for_what_was_in_its_memory_and_for_nothing_else(journal):
+    ring = ring_of(journal, lambda _source: None)
+    experts = [OnDisk(number) for number in range(5)]
+    seen = [bank.weight.item() for _position, bank in ring.run(experts, 0, 5, cyclic=False)]
+    assert seen == [0, 1, 2, 3, 4]
+    assert [entry for entry in journal if entry.startswith("read")] == [f"read {number}" for number in range(5)]
+    waits = [entry for entry in journal if entry.startswith("host waits")]
+    assert waits == ["host waits for copies 1", "host waits for copies 2", "host waits for copies 3"]
+    assert "compute waits for copies 1" in journal
+
+
+def test_what_a_read_raises_is_raised_where_it_is_needed_and_no_slot_is_lost(journal):
+    def read(source):
+        if source.number == 2:
+            raise CheckpointError("gone")
+
+    ring = ring_of(journal, read, slots=3)
+    experts = [OnDisk(number) for number in range(4)]
+    run, seen = ring.run(experts, 0, 4, cyclic=False), []
+    with pytest.raises(CheckpointError, match="gone"):
+        for _position, bank in run:
+            seen.append(bank.weight.item())
+    assert seen == [0, 1]
+    ring.reset()
+    assert ring.num_free == 3
+    assert [bank.weight.item() for _position, bank in ring.run(experts[:2], 0, 2, cyclic=False)] == [0, 1]
+
+
+def test_a_forgotten_read_is_over_when_the_ring_is_released(journal):
+    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def read(source):
+        if source.number == 0:
+            begun.set()
+            may_end.wait(10)
+            ended.set()
+
+    ring = ring_of(journal, read)
+    ring.begin([OnDisk(0)])
+    assert begun.wait(10)
+    ring.order([])  # nobody wants it any more
+    threading.Timer(0.2, may_end.set).start()
+    ring.release()
+    assert ended.is_set()

@@ -307,6 +307,9 @@ def test_the_ways_to_ask(text, request_):
         ("0,0", "twice"),
         ("nonsense:0,1", "nonsense:0"),
         ("-1", "-1"),
+        ("256", "no device 256"),
+        ("0,cpu:128", "no device cpu:128"),
+        (f"0:{'9' * 400}GiB", "not a number"),
     ],
 )
 def test_what_is_not_understood_is_said(text, told):

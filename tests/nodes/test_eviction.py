@@ -332,9 +332,7 @@ def streamed(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path, mm: types
     """On a card with room for a third of the experts."""
     opened = Opened(comfy_pack, tiny_checkpoint, card, streaming=3)
     part = opened.transformer
-    card.total = (
-        least(mm) + part.least_on(part.load_device) + (part.placed.total_bytes - part.placed.required_bytes) // 3 + 1000
-    )
+    card.total = least(mm) + part.least_bytes + (part.placed.total_bytes - part.placed.required_bytes) // 3 + 1000
     return opened
 
 
@@ -415,7 +413,7 @@ def test_a_budget_leaves_experts_in_host_memory(
 ):
     """On a card with room for everything, the loader's vram_budget decides."""
     sizes = Opened(comfy_pack, tiny_checkpoint, Card(), streaming=3).transformer
-    limit = sizes.least_on(sizes.load_device) + (sizes.placed.total_bytes - sizes.placed.required_bytes) // 2
+    limit = sizes.least_bytes + (sizes.placed.total_bytes - sizes.placed.required_bytes) // 2
     opened = Opened(comfy_pack, tiny_checkpoint, card, vram=limit, streaming=3)
     opened.bring(opened.transformer)
     assert 0 < on_card(opened) < 8
@@ -432,7 +430,7 @@ def test_experts_stay_in_their_files_where_the_host_is_too_small_as_well(
     opened = Opened(comfy_pack, tiny_checkpoint, card, streaming=3, disk=True)
     part, placed = opened.transformer, opened.transformer.placed
     third = (placed.total_bytes - placed.required_bytes) // 3
-    card.total = least(mm) + part.least_on(CARD) + third + 1000
+    card.total = least(mm) + part.least_bytes + third + 1000
     card.host_free = card.total // 10 + third  # a tenth stays free
     torch.testing.assert_close(opened.latents(), whole_latents, rtol=0, atol=0)
     assert 0 < on_card(opened) < 8
@@ -444,6 +442,23 @@ def test_experts_stay_in_their_files_where_the_host_is_too_small_as_well(
     card.host_free = 0
     assert part.partially_unload(HOST, 1) > 0
     torch.testing.assert_close(opened.latents(), whole_latents, rtol=0, atol=0)
+
+
+def test_a_budget_makes_the_vae_work_in_tiles(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path):
+    """The loader's plan may say so; it must not fail when the picture is drawn."""
+    vae, progress = submodule(comfy_pack, "nodes.vae"), submodule(comfy_pack, "nodes.progress").NodeProgress(None)
+    size = submodule(comfy_pack, "hunyuan3.types").ImageSize(2048, 2048)
+    small = Opened(comfy_pack, tiny_checkpoint, card, vram=2**30)
+    handle = types.SimpleNamespace(model=small.core, vae=small.vae, transformer=small.transformer)
+    vae.require_room_to_decode(handle, size)
+    tile = vae._prepare(handle, size, 0, progress)
+    assert tile is not None
+    assert vae._work(handle, size, None) > 2**30 > vae._work(handle, size, tile)
+    assert small.vae.loaded_size() == small.vae.model_size()
+    tiny = Opened(comfy_pack, tiny_checkpoint, card, vram=9 * MIB)
+    handle = types.SimpleNamespace(model=tiny.core, vae=tiny.vae, transformer=tiny.transformer)
+    with pytest.raises(error(tiny, "OutOfBudgetError"), match="2048x2048 needs"):
+        vae.require_room_to_decode(handle, size)
 
 
 def test_loader_plans_for_the_disk_where_weights_are_used_as_they_are_stored(

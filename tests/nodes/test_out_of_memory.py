@@ -331,7 +331,7 @@ def streamed(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path, mm: types
     handle = Handle(comfy_pack, tiny_checkpoint, card, streaming=3)
     part = handle.model.transformer
     third = (part.placed.total_bytes - part.placed.required_bytes) // 3
-    card.total = int(mm.minimum_inference_memory()) + part.least_on(part.load_device) + third + 1000
+    card.total = int(mm.minimum_inference_memory()) + part.least_bytes + third + 1000
     return handle
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from tests.nodes.graphs import drawing
-from tests.nodes.test_eviction import HOST, RESERVED, ROOMY, held_bytes, submodule
+from tests.nodes.test_eviction import HOST, RESERVED, ROOMY, submodule
 from tools.comfy_server import ComfyServer, PromptError
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ class Cards:
 
     def on(self, device: torch.device) -> int:
         """Bytes that our parts hold on a card."""
-        return sum(part.held_on(device) for part in self.parts)
+        return sum(part.loaded_size() for part in self.parts if part.load_device == device)
 
     def free(self, device: torch.device | None = None, torch_free_too: bool = False) -> Any:
         """Stands for comfy.model_management.get_free_memory."""
         if device == HOST:
-            held = sum(held_bytes(part) - part.placed.loaded_bytes for part in self.parts)
+            held = sum(placed.host_bytes for placed in {part.placed for part in self.parts})
             free = self.host_free - held
         else:
             device = device or FIRST
@@ -104,15 +104,25 @@ def cards(mm: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Car
 class Opened:
     """A tiny checkpoint opened as the loader opens it, with one layer on FIRST and two on SECOND."""
 
-    def __init__(self, pack: ComfyPack, folder: Path, cards: Cards, *, budget: Any = None, streaming: int = 0) -> None:
+    def __init__(
+        self,
+        pack: ComfyPack,
+        folder: Path,
+        cards: Cards,
+        *,
+        budget: Any = None,
+        runs: tuple[tuple[torch.device, int], ...] = ((FIRST, 1), (SECOND, 2)),
+        **options: Any,
+    ) -> None:
         self.memory = submodule(pack, "nodes.memory")
-        split = submodule(pack, "hunyuan3.placement.split").LayerSplit(((FIRST, 1), (SECOND, 2)))
-        options = {"dtype": "float32", "vae_dtype": "float32", "split": split, "streaming": streaming}
+        split = submodule(pack, "hunyuan3.placement.split").LayerSplit(runs)
+        options = {"dtype": "float32", "vae_dtype": "float32", "split": split} | options
         self.core = submodule(pack, "hunyuan3.pipeline").Hunyuan3.open(folder, **options)
         budget = budget or self.memory.Budget()
         self.transformer = self.memory.PartPatcher.of(self.core.placed_transformer, self.core.prefixes, budget, split)
         self.vae = self.memory.PartPatcher.of(self.core.placed_vae, budget=budget)
-        cards.parts += [self.transformer, self.vae]
+        (self.second,) = self.transformer.beside
+        cards.parts += [self.transformer, self.second, self.vae]
         self.placed = self.core.placed_transformer
 
     def bring(self, part: Any, work: Any = 0) -> None:
@@ -140,37 +150,46 @@ def whole_latents(comfy_pack: ComfyPack, tiny_checkpoint: Path) -> torch.Tensor:
 # --- under the memory manager -----------------------------------------------------------------------------------------
 
 
-def test_the_manager_counts_what_is_on_its_own_card(mm: types.ModuleType, opened: Opened, whole_latents: torch.Tensor):
+def test_the_manager_counts_what_is_on_each_card(mm: types.ModuleType, opened: Opened, whole_latents: torch.Tensor):
     assert torch.equal(opened.latents(), whole_latents)
-    part, placed = opened.transformer, opened.placed
+    first, second, placed = opened.transformer, opened.second, opened.placed
     kept = opened.core.prefixes.nbytes
-    assert part.loaded_size() == placed.total_on(FIRST) + round(kept / 3)
-    assert part.held_on(SECOND) == placed.total_on(SECOND) + round(kept * 2 / 3)
-    assert mm.loaded_models() == [part]
+    assert first.loaded_size() == first.model_size() == placed.total_on(FIRST) + round(kept / 3)
+    assert second.loaded_size() == second.model_size() == placed.total_on(SECOND) + round(kept * 2 / 3)
+    assert set(mm.loaded_models()) == {first, second}
+    assert (first.load_device, second.load_device) == (FIRST, SECOND)
 
 
-@pytest.mark.parametrize("how", ["free", "unload_all_models"])
-def test_both_cards_are_freed(
-    mm: types.ModuleType, cards: Cards, opened: Opened, whole_latents: torch.Tensor, how: str
+@pytest.mark.parametrize("runs", [((FIRST, 1), (SECOND, 2)), ((SECOND, 2), (FIRST, 1))], ids=["0,1", "1,0"])
+@pytest.mark.parametrize("how", ["pressure", "unload_all_models"])
+def test_all_cards_are_freed(
+    comfy_pack: ComfyPack,
+    mm: types.ModuleType,
+    cards: Cards,
+    tiny_checkpoint: Path,
+    whole_latents: torch.Tensor,
+    how: str,
+    runs: Any,
 ):
-    """/free calls one of the two."""
+    """/free calls the latter, which names ComfyUI's own card alone: it must not matter which one is the home."""
+    opened = Opened(comfy_pack, tiny_checkpoint, cards, runs=runs)
     opened.latents()
     assert min(cards.on(FIRST), cards.on(SECOND)) > 0
-    mm.free_memory(1e30, FIRST) if how == "free" else mm.unload_all_models()
+    mm.free_memory(1e30, FIRST) if how == "pressure" else mm.unload_all_models()
     assert (cards.on(FIRST), cards.on(SECOND)) == (0, 0)
     assert torch.equal(opened.latents(), whole_latents)
 
 
-def test_an_eviction_on_the_first_card_says_what_it_freed_there(
-    cards: Cards, opened: Opened, whole_latents: torch.Tensor
-):
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_part_eviction_says_what_it_freed_on_its_card(opened: Opened, whole_latents: torch.Tensor, number: int):
     opened.latents()
-    part = opened.transformer
-    for wanted in (1, opened.placed.total_on(FIRST) // 2):
-        before, beside = part.loaded_size(), cards.on(SECOND) - part.kept_on(SECOND)
+    patchers = (opened.transformer, opened.second)
+    part, other = patchers[number], patchers[1 - number]
+    for wanted in (1, opened.placed.total_on(part.load_device) // 2):
+        before, beside = part.loaded_size(), other.loaded_size() - other.kept_bytes()
         freed = part.partially_unload(HOST, wanted)
         assert freed == before - part.loaded_size() >= wanted
-        assert cards.on(SECOND) == beside, "the second card's weights stay"
+        assert other.loaded_size() == beside, "the other card's weights stay"
     assert torch.equal(opened.latents(), whole_latents)
 
 
@@ -182,10 +201,49 @@ def test_others_make_way_on_the_second_card(mm: types.ModuleType, cards: Cards, 
     assert opened.placed.loaded_on(SECOND) == opened.placed.total_on(SECOND)
 
 
+def test_others_make_way_for_the_work_when_the_weights_are_there_already(
+    mm: types.ModuleType, cards: Cards, opened: Opened
+):
+    opened.bring(opened.transformer)
+    others = [Other(mm, cards, card, int(cards.free(card)) - 1000) for card in (FIRST, SECOND)]
+    opened.bring(opened.transformer, opened.memory.Work(GIB, GIB))
+    assert [other.nbytes for other in others] == [0, 0]
+    assert opened.placed.is_ready
+
+
 def test_others_stay_where_there_is_room_for_both(mm: types.ModuleType, cards: Cards, opened: Opened):
     other = Other(mm, cards, SECOND, GIB)
     opened.bring(opened.transformer)
     assert other.nbytes == GIB
+
+
+def test_another_model_evicts_ours_on_the_second_card(
+    mm: types.ModuleType, cards: Cards, opened: Opened, whole_latents: torch.Tensor
+):
+    opened.latents()
+    mm.free_memory(ROOMY - 1, SECOND)
+    assert cards.on(SECOND) == 0
+    assert torch.equal(opened.latents(), whole_latents)
+
+
+@pytest.mark.parametrize("streaming", [0, 3])
+def test_two_handles_on_the_same_cards_take_turns(
+    comfy_pack: ComfyPack, mm: types.ModuleType, cards: Cards, tiny_checkpoint: Path, streaming: int
+):
+    one, two = (Opened(comfy_pack, tiny_checkpoint, cards, streaming=streaming) for _ in range(2))
+    needed = one.placed.total_on(SECOND) + one.placed.full_ring_on(SECOND)
+    cards.total[SECOND] = int(mm.minimum_inference_memory()) + needed * 3 // 2
+    for opened in (one, two, one):
+        opened.bring(opened.transformer)
+        experts = [sum(bank.resident) for bank in banks_of(opened)] if streaming else [8, 8]
+        assert min(experts) > 2, "the other one has left"
+        assert opened.placed.is_ready
+        assert cards.free(SECOND) >= 0
+
+
+def banks_of(opened: Opened) -> list[Any]:
+    """The streamed banks on the second card."""
+    return [layer.mlp.experts for layer in opened.placed.module.layers[1:]]
 
 
 def test_a_full_second_card_is_named_and_nothing_is_left_behind(
@@ -201,14 +259,14 @@ def test_a_full_second_card_is_named_and_nothing_is_left_behind(
 
 
 def test_the_work_of_each_card_is_kept_free_there(mm: types.ModuleType, cards: Cards, opened: Opened):
-    """Keys and values lie with their layers: a third of them on the first card."""
+    """Keys and values lie with their layers: two thirds of them on the second card."""
     work = opened.memory.Work(activations=3 * GIB, cache=3 * GIB)
     assert (work.on(1 / 3), work.on(2 / 3), work.total) == (4 * GIB, 5 * GIB, 6 * GIB)
     need = opened.placed.total_on(SECOND) + 5 * GIB + int(mm.extra_reserved_memory())
-    cards.total[SECOND] = need - 1
+    cards.total[SECOND] = need - 1000
     with pytest.raises(opened.memory.RequestError, match="more on cpu:1"):
         opened.bring(opened.transformer, work)
-    cards.total[SECOND] = need
+    cards.total[SECOND] = need + 1000
     opened.bring(opened.transformer, work)
 
 
@@ -216,16 +274,32 @@ def test_each_card_streams_what_it_has_no_room_for(
     comfy_pack: ComfyPack, mm: types.ModuleType, cards: Cards, tiny_checkpoint: Path, whole_latents: torch.Tensor
 ):
     opened = Opened(comfy_pack, tiny_checkpoint, cards, streaming=3)
-    part, placed = opened.transformer, opened.placed
+    placed = opened.placed
     third = (placed.total_on(SECOND) - placed.required_on(SECOND)) // 3
-    cards.total[SECOND] = int(mm.extra_reserved_memory()) + part.least_on(SECOND) + third + 1000
+    cards.total[SECOND] = int(mm.minimum_inference_memory()) + opened.second.least_bytes + third + 1000
     assert torch.equal(opened.latents(), whole_latents)
     resident = [sum(layer.mlp.experts.resident) for layer in placed.module.layers]
-    assert resident[0] == 8 and 0 < resident[1] == resident[2] < 8
+    assert resident[0] == 8
+    assert 0 < resident[1] == resident[2] < 8
     assert cards.free(SECOND) >= 0
     mm.unload_all_models()
     assert (cards.on(FIRST), cards.on(SECOND)) == (0, 0)
     assert torch.equal(opened.latents(), whole_latents)
+
+
+def test_the_cards_share_a_host_that_is_too_small(
+    comfy_pack: ComfyPack, mm: types.ModuleType, cards: Cards, tiny_checkpoint: Path, whole_latents: torch.Tensor
+):
+    opened = Opened(comfy_pack, tiny_checkpoint, cards, streaming=3, disk=True)
+    placed, least = opened.placed, int(mm.minimum_inference_memory())
+    for part in (opened.transformer, opened.second):
+        cards.total[part.load_device] = least + part.least_bytes + 1000
+    experts = placed.total_bytes - placed.required_bytes
+    cards.host_free = ROOMY // 10 + experts // 2
+    assert torch.equal(opened.latents(), whole_latents)
+    in_host = [sum(not next(bank.parameters()).is_meta for bank in layer.mlp.experts) for layer in placed.module.layers]
+    assert min(in_host) >= 3
+    assert max(in_host) <= 5
 
 
 def test_a_budget_holds_on_each_card(
@@ -233,14 +307,13 @@ def test_a_budget_holds_on_each_card(
 ):
     budget_of = submodule(comfy_pack, "nodes.memory").Budget
     probe = Opened(comfy_pack, tiny_checkpoint, cards, streaming=3)
-    least = probe.transformer.least_on(SECOND)
+    least = probe.second.least_bytes
     half = (probe.placed.total_on(SECOND) - probe.placed.required_on(SECOND)) // 2
-    cards.parts.clear()
     opened = Opened(comfy_pack, tiny_checkpoint, cards, budget=budget_of(by_device={SECOND: least + half}), streaming=3)
     assert torch.equal(opened.latents(), whole_latents)
     assert 0 < sum(opened.placed.module.layers[1].mlp.experts.resident) < 8
     assert sum(opened.placed.module.layers[0].mlp.experts.resident) == 8
-    assert opened.transformer.held_on(SECOND) - opened.transformer.kept_on(SECOND) <= least + half
+    assert opened.second.loaded_size() - opened.second.kept_bytes() <= least + half
     small = Opened(comfy_pack, tiny_checkpoint, cards, budget=budget_of(by_device={SECOND: least // 2}), streaming=3)
     error = sys.modules[opened.memory.RequestError.__module__].OutOfBudgetError
     with pytest.raises(error, match=r"on cpu:1 .*gpu_split"):
@@ -301,6 +374,24 @@ def test_what_is_asked_for_is_done(cards: Cards, planning: Planning):
         planning.layers("0:20,1:20")
 
 
+def test_the_first_card_computes_if_it_can(cards: Cards, planning: Planning):
+    cards.total.update({FIRST: 24 * GIB, SECOND: 96 * GIB})
+    for text in ("auto", "0,1", "0:24GiB,1:90GiB"):
+        split, fits, _told = planning.layers(text)
+        assert fits
+        assert min(split["cpu:0"], split["cpu:1"]) >= 1
+    cards.total[FIRST] = 2 * GIB  # nothing can be computed on this one
+    assert planning.layers("auto")[:2] == ({"cpu:1": 32}, True)
+    with pytest.raises(Exception, match=r"cpu:0 has .* the least that 1 layer .*not every device must have a layer"):
+        planning.layers("0,1")
+
+
+def test_a_limit_of_ones_own_is_named(cards: Cards, planning: Planning):
+    cards.total.update({FIRST: 80 * GIB, SECOND: 80 * GIB})
+    with pytest.raises(Exception, match="It fits without the limits in vram_budget, ram_budget and gpu_split"):
+        planning.layers("0:3GiB,1:3GiB")
+
+
 def test_streaming_and_split_go_together(cards: Cards, planning: Planning):
     cards.total.update({FIRST: 16 * GIB, SECOND: 24 * GIB})
     split, fits, told = planning.layers("auto")
@@ -335,7 +426,10 @@ def test_the_loader_says_what_is_where(comfy_server: ComfyServer):
 @pytest.mark.parametrize(
     ("inputs", "told"),
     [
-        ({"gpu_split": "0,1"}, "the GPUs here: none"),
+        ({"gpu_split": "0,1"}, "GPUs here: none"),
+        ({"gpu_split": "cpu:0,cuda:0"}, "cannot share the layers"),
+        ({"gpu_split": "255"}, "there is no device 255"),
+        ({"gpu_split": "meta:0,meta:1"}, "meta:0 does not work here"),
         ({"gpu_split": "everything"}, "'everything' is not understood"),
         ({"gpu_split": "cpu:0:1,cpu:1:1"}, "this model has 3"),
         ({"gpu_split": "cpu:0,cpu:1", "device": "cpu"}, "begins on cpu:0"),
