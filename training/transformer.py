@@ -49,9 +49,9 @@ class TransformerStageConfig:
     sizes: Sizes = field(default_factory=Sizes)
     curriculum: Curriculum = field(default_factory=Curriculum)
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(rate=1.5e-3, muon_rate=3e-3))
-    steps: int = 4800
+    steps: int = 4600
     warmup: int = 150
-    decay_share: float = 0.4
+    decay_share: float = 0.6
     rows: int = 64
     samples: int = 1
     lessons: int = 49152
@@ -87,6 +87,7 @@ class TransformerStage:
     """
 
     name = "transformer"
+    measures = ("flow", "flow_shown", "words", "answer", "norm")
 
     def __init__(
         self,
