@@ -188,7 +188,7 @@ def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "max_length": 4096,
         "diff_infer_steps": 20,
         "diff_guidance_scale": 3.0,
-        "flow_shift": 2.0,
+        "flow_shift": 4.0,
         "drop_think": False,
         "bot_task": "image",
         "use_system_prompt": "en_unified",

@@ -49,8 +49,8 @@ class Curriculum:
     edits: float = 0.0
     fusions: float = 0.0
     questions: float = 0.0
-    repeats: int = 3
-    complete: float = 0.5
+    repeats: int = 6
+    complete: float = 0.7
     rewritten: float = 0.25
     thought: float = 0.05
     without_system: float = 0.1

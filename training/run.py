@@ -34,9 +34,10 @@ _log = logging.getLogger(__name__)
 
 
 class Stage(Protocol):
-    """What a stage is to this loop. `done`: steps so far, of `config.steps`."""
+    """What a stage is to this loop. `measures`: what its steps may return; `done`: steps so far, of `config.steps`."""
 
     name: str
+    measures: tuple[str, ...]
     config: Any
     done: int
 
@@ -74,11 +75,10 @@ def train(stage: Stage, path: Path, minutes: float) -> None:
 
 def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str, float]]) -> None:
     """Appends the means of some steps to the log, the column names first where the file is new."""
-    keys = sorted({key for record in records for key in record})
-    line = {"step": stage.done, "seconds": round(seconds)}
-    for key in keys:
+    line: dict[str, float | str] = {"step": stage.done, "seconds": round(seconds)}
+    for key in stage.measures:
         values = [record[key] for record in records if key in record]
-        line[key] = round(sum(values) / len(values), 5)
+        line[key] = round(sum(values) / len(values), 5) if values else ""
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, line)

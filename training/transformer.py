@@ -41,7 +41,7 @@ class TransformerStageConfig:
         lessons: of an epoch; each epoch has its own scenes, which are encoded at its beginning.
         repeats: how often an epoch's lessons are gone through.
         dropout: share of rows that are their unconditional branch (Ho and Salimans 2022).
-        shift, uniform: noise levels are logit-normal, shifted towards noise (Esser et al. 2024), a share uniform.
+        shift, uniform: noise levels are logit-normal, a share uniform, all shifted towards noise (Esser et al. 2024).
         words, balance: weights of the next-token and the load-balancing loss beside the flow matching loss.
         posterior: deviation of the noise on input pictures' latents, which inference draws from their posterior.
     """
@@ -49,16 +49,16 @@ class TransformerStageConfig:
     sizes: Sizes = field(default_factory=Sizes)
     curriculum: Curriculum = field(default_factory=Curriculum)
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(rate=1.5e-3, muon_rate=3e-3))
-    steps: int = 5500
+    steps: int = 4600
     warmup: int = 150
-    decay_share: float = 0.4
-    rows: int = 24
-    samples: int = 4
-    lessons: int = 24576
+    decay_share: float = 0.6
+    rows: int = 64
+    samples: int = 1
+    lessons: int = 49152
     repeats: int = 2
     dropout: float = 0.1
-    shift: float = 2.0
-    uniform: float = 0.2
+    shift: float = 4.0
+    uniform: float = 0.4
     words: float = 0.1
     balance: float = 0.01
     posterior: float = 0.05
@@ -87,6 +87,7 @@ class TransformerStage:
     """
 
     name = "transformer"
+    measures = ("flow", "flow_shown", "words", "answer", "norm")
 
     def __init__(
         self,
@@ -239,15 +240,18 @@ class TransformerStage:
 
 
 def noise_levels(rows: int, samples: int, shift: float, uniform: float, generator: torch.Generator) -> torch.Tensor:
-    """(rows * samples,) noise levels in 0..1; those of a row lie in as many equal parts of the distribution.
+    """(rows * samples,) noise levels in 0..1, those of a row together, spread evenly over the distribution.
 
-    A share `uniform` is uniform, the others are logit-normal, then shifted: `k s / (1 + (k - 1) s)`.
+    Those of a row lie in as many equal parts of it, and in each part the rows' lie in as many equal parts again.
+    `s` is logit-normal, a share `uniform` uniform; the level is `k s / (1 + (k - 1) s)` with the shift `k`.
     """
-    part = (torch.arange(samples) + torch.rand(rows, samples, generator=generator)) / samples
+    within = torch.rand(rows, samples, generator=generator).argsort(dim=0)
+    within = (within + torch.rand(rows, samples, generator=generator)) / rows
+    part = (torch.arange(samples) + within) / samples
     normal = torch.sigmoid(torch.special.ndtri(part.clamp(1e-4, 1 - 1e-4)))
-    shifted = shift * normal / (1 + (shift - 1) * normal)
     is_uniform = torch.rand(rows, samples, generator=generator) < uniform
-    return torch.where(is_uniform, part, shifted).flatten()
+    s = torch.where(is_uniform, part, normal)
+    return (shift * s / (1 + (shift - 1) * s)).flatten()
 
 
 def _matrices(model: torch.nn.Module, vision: torch.nn.Module) -> list[str]:

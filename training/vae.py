@@ -63,6 +63,7 @@ class VAEStage:
     """Trains; `step` is the whole story. A step's data and noise depend on its number alone."""
 
     name = "vae"
+    measures = ("loss", "psnr", "kl", "whiteness", "norm")
 
     def __init__(self, config: VAEStageConfig, compute: torch.dtype = torch.bfloat16) -> None:
         self.config = config

@@ -1,0 +1,99 @@
+"""Writes the model card of a checkpoint: what it is, its scores, and the logs of its training.
+
+python -m training.card checkpoints/hunyuan3-tiny-instruct --logs vae.csv transformer.csv --scores table.md
+"""
+
+import argparse
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+
+_LINES = 16  # of each log
+_TEXT = """---
+license: apache-2.0
+library_name: hunyuan-image-3
+pipeline_tag: text-to-image
+language: [en, zh]
+---
+
+# {name}
+
+A tiny model with the architecture, file layout, tokens and stages of HunyuanImage-3.0, trained from nothing on a small
+world drawn by a program: one to three shapes, letters or digits in nine colours on plain and patterned backgrounds,
+around 128x128 pixels. It is made to be tried and tested on any machine, and knows nothing but this world. Weights, data
+and texts are our own.
+
+    python -m hunyuan3 draw --model {path} --prompt "a red circle" -o circle.png
+
+{parts}
+
+Data, stages, losses and the commands that train it again are described in `training/README.md`.
+
+## Scores
+
+By a detector that uses no network, on held-out arrangements of objects (`python -m training.score {path}`).
+
+{scores}
+
+## Training
+
+{logs}
+"""
+
+
+def card(folder: Path, logs: Sequence[Path], scores: str) -> str:
+    """The card's text."""
+    return _TEXT.format(
+        name=folder.name,
+        path=folder.as_posix(),
+        parts=_parts(folder),
+        scores=scores.strip() or "Not scored yet.",
+        logs="\n\n".join(_log(log) for log in logs),
+    )
+
+
+def _parts(folder: Path) -> str:
+    """A sentence with the number of weights of each network."""
+    counts = {"transformer": 0, "VAE": 0, "vision tower": 0}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():
+                part = {"vae": "VAE", "vision_model": "vision tower", "vision_aligner": "vision tower"}
+                shape = shard.get_slice(name).get_shape()
+                size = 1
+                for side in shape:
+                    size *= side
+                counts[part.get(name.split(".")[0], "transformer")] += size
+    listed = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in counts.items())
+    return f"Weights: {listed} (of the VAE's kernels only the middle temporal tap is used, the others are zero)."
+
+
+def _log(path: Path) -> str:
+    """A log as a table, thinned out evenly, its last line kept."""
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *lines = csv.reader(file)
+    seconds = float(lines[-1][header.index("seconds")])
+    every = max(1, -(-len(lines) // _LINES))
+    kept = lines[::-1][::every][::-1]
+    table = "\n".join(_row(cells) for cells in (header, ["---"] * len(header), *kept))
+    return f"`{path.stem}`: {lines[-1][0]} steps in {seconds / 60:.0f} minutes.\n\n{table}"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.card", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="checkpoint folder; the card becomes its README.md")
+    parser.add_argument("--logs", type=Path, nargs="*", default=[], help="CSV logs of the stages, in order")
+    parser.add_argument("--scores", type=Path, help="what training.score printed (its --dump has it as table.md)")
+    args = parser.parse_args()
+    scores = args.scores.read_text(encoding="utf-8") if args.scores else ""
+    (args.folder / "README.md").write_text(card(args.folder, args.logs, scores), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
