@@ -1,11 +1,12 @@
 """Make a picture with this package in a real ComfyUI, on a machine that has only Python 3.10 or newer.
 
-    python3 tools/demo.py [--prompt TEXT] [--variant instruct] [--keep-open]
+    python3 tools/demo.py [--prompt TEXT] [--seed N] [--random instruct] [--keep-open]
 
-Sets up a ComfyUI beside nothing you have (see testbed.py), writes a tiny checkpoint in the official layout, starts the
-server with this package in it, queues workflows/api/text_to_image.json through the HTTP API and writes the picture to
-`output/` in the current folder. The tiny checkpoint's weights are random: the picture is abstract noise. What this
-shows is that every part is in place and works together; the pictures come with the real weights.
+Sets up a ComfyUI beside nothing you have (see testbed.py), starts the server with this package in it, queues
+workflows/api/think_and_draw.json through the HTTP API with a tiny checkpoint that was trained on simple shapes (see
+checkpoints/), prints how the model rewrote the prompt, and writes the picture to `output/` in the current folder.
+With --random the checkpoint is made on the spot with random weights: its pictures are abstract noise, and show that
+every part is in place.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from tools import testbed
 from tools.comfy_server import MODELS, PACKAGE, ComfyServer, PromptError, ServerError, with_inputs
 from tools.testbed import REPO, say
 
-WORKFLOW = REPO / "workflows" / "api" / "text_to_image.json"
+WORKFLOW = REPO / "workflows" / "api" / "think_and_draw.json"
+TRAINED = REPO / "checkpoints" / "hunyuan3-tiny-instruct"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,32 +45,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(options: argparse.Namespace) -> None:
     bed = testbed.prepare()
-    name = f"tiny-{options.variant}"
     with tempfile.TemporaryDirectory(prefix="hunyuan3-demo-") as temporary:
-        say(f"writing a tiny checkpoint ({options.variant}, random weights)")
-        checkpoint = testbed.make_tiny_checkpoint(bed.python, Path(temporary) / name, options.variant)
+        checkpoint = TRAINED
+        if options.random:
+            say(f"writing a tiny checkpoint ({options.random}, random weights)")
+            checkpoint = Path(temporary) / f"tiny-{options.random}"
+            testbed.make_tiny_checkpoint(bed.python, checkpoint, options.random)
+        name = checkpoint.name
         say(f"starting ComfyUI ({bed.comfyui})")
         with ComfyServer(bed.comfyui, bed.python, checkpoints={name: checkpoint}, port=options.port) as server:
             say(f"ComfyUI answers at {server.url}; queueing {WORKFLOW.relative_to(REPO).as_posix()}")
-            path = _make_picture(server, name, options.prompt)
-            print(f"\nThe picture: {path}")
-            print("(abstract noise: the tiny checkpoint has random weights; it shows that the parts work together)\n")
+            path, rewritten = _make_picture(server, name, options)
+            print(f"\nThe prompt:  {options.prompt}\nRewritten:   {rewritten}\nThe picture: {path}")
+            if options.random:
+                print("(babble and noise: the weights are random; they show that the parts work together)")
+            print()
             _print_what_next(server, keep_open=options.keep_open)
             if options.keep_open:
                 _wait_for_ctrl_c()
 
 
-def _make_picture(server: ComfyServer, checkpoint: str, prompt: str) -> Path:
-    """Queue the shipped workflow, save its first picture in the current folder's output/ and return the path."""
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+def _make_picture(server: ComfyServer, checkpoint: str, options: argparse.Namespace) -> tuple[Path, str]:
+    """Queues the shipped workflow and saves its picture in the current folder's output/; (path, rewritten prompt)."""
     workflow = with_inputs(
-        workflow, {"Hunyuan3Loader": {"checkpoint": checkpoint}, "Hunyuan3Conditioning": {"prompt": prompt}}
+        json.loads(WORKFLOW.read_text(encoding="utf-8")),
+        {
+            "Hunyuan3Loader": {"checkpoint": checkpoint},
+            "PrimitiveStringMultiline": {"value": options.prompt},
+            "Hunyuan3Think": {"task": "recaption", "seed": options.seed, "max_new_tokens": 160},
+            "Hunyuan3Sampler": {"seed": options.seed},
+        },
     )
     outputs = server.queue(workflow)
     images = [image for node in outputs.values() for image in node.get("images", [])]
+    (think,) = (number for number, node in workflow.items() if node["class_type"] == "Hunyuan3Think")
     path = _new_file(Path.cwd() / "output")
     path.write_bytes(server.view(**images[0]))
-    return path
+    return path, "\n".join(outputs[think]["text"])
 
 
 def _new_file(folder: Path) -> Path:
@@ -107,8 +120,9 @@ def _wait_for_ctrl_c() -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompt", default="A red fox in fresh snow at dawn", help="what the picture shows")
-    parser.add_argument("--variant", default="instruct", help="kind of tiny checkpoint (hunyuan3/tiny.py lists them)")
+    parser.add_argument("--prompt", default="a red circle", help="what the picture shows")
+    parser.add_argument("--seed", type=int, default=1, help="of the text and of the picture")
+    parser.add_argument("--random", metavar="VARIANT", help="random weights: instruct, distil (see hunyuan3/tiny.py)")
     parser.add_argument("--keep-open", action="store_true", help="leave the server running until Ctrl-C")
     parser.add_argument("--port", type=int, default=0, help="the server's port (default: a free one)")
     return parser.parse_args(argv)

@@ -106,8 +106,8 @@ def page(folder: Path, done: Sequence[tuple[Setting, Drawn]], prompts: int, comm
     """docs/quality.md."""
     return f"""# What formats, step caches and fewer steps cost
 
-Measured with the tiny checkpoint [{folder.name}](../{folder.as_posix()}/README.md), which draws a small world: {prompts}
-held-out prompts, the same seeds in every setting, judged by a detector that uses no network. Written by
+Measured with the tiny checkpoint [{folder.name}](../{folder.as_posix()}/README.md), which draws a small world:
+{prompts} held-out prompts, the same seeds in every setting, judged by a detector that uses no network. Written by
 
     {command}
 
