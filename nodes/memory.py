@@ -2,7 +2,8 @@
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 
@@ -14,7 +15,7 @@ from ..hunyuan3.callbacks import Progress, no_progress
 from ..hunyuan3.errors import OutOfBudgetError, RequestError
 from ..hunyuan3.generate.prefix import PrefixStore
 from ..hunyuan3.placement.out_of_memory import is_out_of_host_memory
-from ..hunyuan3.placement.placed import HostHasRoom, PlacedModule
+from ..hunyuan3.placement.placed import PlacedModule
 from ..hunyuan3.placement.split import LayerSplit
 from .out_of_memory import EVERYTHING_ELSE, with_one_retry
 
@@ -59,6 +60,7 @@ class Budget:
         self.vram = vram
         self.ram = ram
         self.by_device = dict(by_device or {})
+        self.loading = False  # the handle's own parts are taking turns on a device
         # Weakly: weights must die with their handle at once, not at the next garbage collection.
         self._parts: list[weakref.ref[PartPatcher]] = []
 
@@ -66,6 +68,15 @@ class Budget:
     def parts(self) -> "list[PartPatcher]":
         """The handle's parts."""
         return [part for ref in self._parts if (part := ref()) is not None]
+
+    @contextmanager
+    def own_turns(self) -> Iterator[None]:
+        """What is evicted meanwhile makes room for the handle's own work."""
+        before, self.loading = self.loading, True
+        try:
+            yield
+        finally:
+            self.loading = before
 
     def add(self, part: "PartPatcher") -> None:
         """Counts a part among them."""
@@ -149,6 +160,7 @@ class PartPatcher(ModelPatcher):
         self.share = share  # of the layers, those on this device
         self.progress: Progress = no_progress
         self.room: int | None = None  # bytes beyond `least_bytes` that the loader's budget allows
+        self.work = Work(0)  # what it is being loaded for
         self.all: tuple[weakref.ref[PartPatcher], ...] = (weakref.ref(self),)  # one for each device of the part
         self.beside: tuple[PartPatcher, ...] = ()  # the others, held by the first
 
@@ -228,6 +240,9 @@ class PartPatcher(ModelPatcher):
         if placed.is_ready_on(device) and placed.streams is None:
             return 0
         before = self.loaded_size()
+        extra_memory = self._extra(extra_memory)
+        # What finds no room on any card comes to the host at last, when it is known how much that is (`_load`).
+        host_has_room = self.budget.host_has_room if not placed.from_files else lambda _nbytes: False
         try:
             if placed.streams is None:
                 self._require_room(placed.total_on(device) - placed.loaded_on(device), extra_memory)
@@ -236,7 +251,7 @@ class PartPatcher(ModelPatcher):
                 room = {device: self._settle_streams(extra_memory)}
             placed.load(
                 room=room,
-                host_has_room=self._host_has_room(room),
+                host_has_room=host_has_room,
                 progress=self.progress,
                 check_cancelled=mm.throw_exception_if_processing_interrupted,
                 device=device,
@@ -266,16 +281,25 @@ class PartPatcher(ModelPatcher):
         """Evicts everything if `unpatch_all`; the manager also calls this with False merely to re-list a part.
 
         The part's other devices are freed as well: it cannot run without this one, and ComfyUI's "unload models" names
-        its own device alone.
+        its own device alone. Not where the handle's own parts take turns on this one: then it soon comes back.
         """
         self.eject_model()
-        if unpatch_all:
-            self.give_up_kept()
-            self.placed.unload(host_has_room=self.budget.host_has_room)
-            for ref in self.all:
-                if (patcher := ref()) is not None:
-                    patcher._tell_model()
+        if not unpatch_all:
+            return self.model
+        self.give_up_kept()
+        if self.budget.loading:
+            self.leave()
+            return self.model
+        for part in self.budget.parts:
+            # Beside a home that left in such a turn, nobody would free the others.
+            if part.placed is self.placed or not part.placed.loaded_on(part.placed.device):
+                part.leave()
         return self.model
+
+    def leave(self, *, to_host: bool = True) -> None:
+        """Evicts everything from this device."""
+        self.placed.unload(host_has_room=self.budget.host_has_room if to_host else None, device=self.load_device)
+        self._tell_model()
 
     def _keeping_frees_nothing(self) -> bool:
         """Whether device and host are the same memory, and there is room to stay in it."""
@@ -315,18 +339,25 @@ class PartPatcher(ModelPatcher):
             self._require_room(missing - room, missing)
         return missing + room
 
-    def _host_has_room(self, room: Mapping[torch.device, int] | None) -> HostHasRoom:
-        """Whether so much more may be kept in host memory, where the part's devices share what is too little for all.
+    def _extra(self, extra_memory: float) -> float:
+        """Bytes that may be used, where the manager does not measure them (its high and no VRAM states)."""
+        if mm.is_device_cpu(self.load_device) or 1 < extra_memory < 1e31:
+            return extra_memory
+        reserved = max(mm.minimum_inference_memory(), self.work.on(self.share) + mm.extra_reserved_memory())
+        return mm.get_free_memory(self.load_device) - reserved
 
-        room: bytes that still come to this device.
-        """
-        mine = self.placed.file_bytes_on(self.load_device) - (room or {}).get(self.load_device, 0)
-        missing = self.placed.file_bytes - self.placed.file_bytes_on(self.load_device) + max(mine, 0)
-        if not self.placed.from_files or missing <= max(mine, 0):
-            return self.budget.host_has_room
-        allowed = self.budget.host_room() * mine / missing
-        before = self.placed.host_bytes
-        return lambda nbytes: self.placed.host_bytes - before + nbytes <= allowed and self.budget.host_has_room(nbytes)
+    def require_room_beside(self) -> None:
+        """Before the home is read: makes room for what this device, which is not the home, must hold, or raises."""
+        least = self.least_bytes if self.placed.streams is not None else self.placed.total_on(self.load_device)
+        missing = least - self.placed.loaded_on(self.load_device) - self.placed.ring_on(self.load_device)
+        if missing <= 0 or mm.is_device_cpu(self.load_device):
+            return
+        work = self.work.on(self.share) + mm.extra_reserved_memory()
+        ours = [loaded for loaded in mm.current_loaded_models if loaded.model is self]
+        mm.free_memory(missing + work, self.load_device, keep_loaded=ours)
+        if mm.get_free_memory(self.load_device) < missing + work:
+            self.give_up_kept()
+        self._require_room(missing, mm.get_free_memory(self.load_device) - work)
 
     def _require_room(self, missing: int, room: float) -> None:
         if missing > room:
@@ -398,19 +429,34 @@ def bring_to_device(
 
 
 def _load(groups: Sequence[Sequence[PartPatcher]], work: Work, progress: Progress) -> None:
-    """Each group is of one device. If one fails, none stays where nobody evicts it."""
+    """Each group is of one device. If one fails, nothing stays where nobody evicts it."""
     everywhere = [part for group in groups for part in group]
     for part in everywhere:
-        part.progress = progress
+        part.progress, part.work = progress, work
     try:
-        for group in groups:
-            mm.load_models_gpu(group, memory_required=work.on(max(part.share for part in group)))
-    except BaseException:
+        with everywhere[0].budget.own_turns():
+            for part in everywhere:
+                if part.load_device != part.placed.device:
+                    part.require_room_beside()
+            for group in groups:
+                mm.load_models_gpu(group, memory_required=work.on(max(part.share for part in group)))
+            for part in everywhere:
+                if part.placed.from_files and part.load_device == part.placed.device:
+                    part.placed.load(
+                        room=dict.fromkeys(part.placed.devices, 0),
+                        host_has_room=part.budget.host_has_room,
+                        progress=progress,
+                        check_cancelled=mm.throw_exception_if_processing_interrupted,
+                    )
+    except BaseException as error:
         # The manager takes all of them off its list before it loads the first: those that it did not come to would
-        # stay on the card where nobody evicts them.
+        # stay on the card where nobody evicts them. Without its home, no part of a network stays anywhere.
+        listed = mm.loaded_models()
+        lost = {part.placed for part in everywhere if part not in listed and part.load_device == part.placed.device}
         for part in everywhere:
-            if part not in mm.loaded_models():
-                part.detach()
+            if part not in listed or part.placed in lost:
+                part.give_up_kept()
+                part.leave(to_host=not is_out_of_host_memory(error))
         raise
     finally:
         for part in everywhere:

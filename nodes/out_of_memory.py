@@ -110,7 +110,8 @@ def _make_room(parts: "Sequence[PartPatcher]", host: bool) -> None:
     for device in {part.load_device for part in parts}:
         if not host or mm.is_device_cpu(device):
             keep = [loaded for loaded in mm.current_loaded_models if loaded.model in parts]
-            mm.free_memory(1e30, device, keep_loaded=keep)
+            with parts[0].budget.own_turns():
+                mm.free_memory(1e30, device, keep_loaded=keep)
     mm.soft_empty_cache()
 
 

@@ -1,6 +1,6 @@
 """The loader's plan: what this machine has, as ComfyUI knows it, and what the model would do with it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import comfy.model_management as mm
@@ -11,7 +11,7 @@ from ..hunyuan3.folder import ModelFolder
 from ..hunyuan3.parts import ResolvedOptions, reads_from_files, works
 from ..hunyuan3.placement.budget import DISK, DeviceBudget, HostBudget, PartSizes, Rate, Workload
 from ..hunyuan3.placement.plan import Plan
-from ..hunyuan3.placement.planner import attempt, plan
+from ..hunyuan3.placement.planner import attempt, better, plan
 from ..hunyuan3.placement.split import LayerSplit, SplitRequest
 from ..hunyuan3.plan import rates_of_card, sizes_of
 from ..hunyuan3.quant.policy import FORMATS, storage_of
@@ -43,7 +43,6 @@ def planned(
         vae_dtype=options.vae_dtype,
     )
     sizes = {options.format: _sizes(folder, options, options.format)}
-    choices = _choices(options.device, asked)
     ways = {
         "streaming": not mm.is_device_cpu(options.device),
         "split": True,
@@ -52,13 +51,13 @@ def planned(
 
     def fits(side: int, within: Budget) -> Plan | None:
         smaller, host, best = replace(work, width=side, height=side), _host(folder, options, within), None
-        for devices, least in choices:
+        for devices, least in _choices(options.device, asked):
             budgets = _devices(devices, within)
             made = attempt(config, sizes[options.format], budgets, host, smaller, **ways, least=least)
-            if isinstance(made, Plan):
+            if isinstance(made, Plan) and (best is None or better(made, best)):
                 best = made
-                if made.fits_whole or len(devices) > 1:
-                    break
+            if best is not None and (best.fits_whole or len(devices) > 1):
+                break
         return best
 
     made = fits(base, budget)
@@ -69,7 +68,7 @@ def planned(
             return made, f"{base}x{base} does not fit, {side}x{side} does.\n{made.text()}"
     if folder.stored_format == "bf16":  # a pack is what it is
         sizes |= {name: _sizes(folder, options, name) for name in FORMATS if name == storage_of(name)} | sizes
-    devices, least = choices[-1]
+    *_others, (devices, least) = _choices(options.device, asked)
     limits = [budget.vram, budget.ram, *budget.by_device.values()]
     own = any(limit is not None for limit in limits) and fits(base, Budget()) is not None
     advice = " It fits without the limits in vram_budget, ram_budget and gpu_split." if own else ""
@@ -97,21 +96,20 @@ def split_of(plan: Plan) -> LayerSplit:
 
 def _choices(
     home: torch.device, asked: SplitRequest | None
-) -> list[tuple[tuple[torch.device, ...], tuple[int, ...] | None]]:
+) -> Iterator[tuple[tuple[torch.device, ...], tuple[int, ...] | None]]:
     """(devices that may be used together, layers that each must have at least), in the order in which to try them.
 
-    Who names devices gets all of them. Otherwise the home computes, if anything can be drawn like that.
+    Who names devices gets all of them. Otherwise the home computes, if anything can be drawn like that. Other cards are
+    not touched before they are needed: that alone takes memory on them.
     """
-    if asked is None:
-        return [((home,), None)]
-    if asked.devices:
-        return [(asked.devices, (1,) * len(asked.devices))]
-    others = other_cards(home)
-    alone = [((home,), None)]
-    if not others:
-        return alone
-    together = (home, *others)
-    return [*alone, (together, (1,) + (0,) * len(others)), (together, None)]
+    if asked is not None and asked.devices:
+        yield asked.devices, (1,) * len(asked.devices)
+        return
+    yield (home,), None
+    others = () if asked is None else other_cards(home)
+    if others:
+        yield (home, *others), (1,) + (0,) * len(others)
+        yield (home, *others), None
 
 
 def other_cards(home: torch.device) -> tuple[torch.device, ...]:

@@ -8,10 +8,10 @@ Bytes are exact for weights and the cache, counted for activations (`placement.e
 rates, each marked as measured or assumed, and so never better than these.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
-from math import ceil, comb
+from itertools import combinations, permutations
+from math import ceil
 
 from ..config import ModelConfig
 from ..errors import OutOfBudgetError, RequestError
@@ -22,7 +22,7 @@ from .plan import DevicePlan, LayerPlan, Plan, Refusal, gib
 
 GROUP = 1  # experts that are copied, and computed, together: one of the published model is 20 to 75 MB
 RING_GROUPS = 8  # what the link needs to go on while a layer's attention is computed (benchmarks/streaming.py)
-_MAX_SPLITS = 1_000  # ways to cut the layers that are tried; up to three devices
+_TRIED_WHOLLY = 3  # devices over which every way to cut the layers is tried
 _SMALLER_SIDES = (1024, 768, 512, 256)  # pictures that a refusal may advise
 _CPU = "cpu"
 
@@ -108,11 +108,18 @@ def attempt(
     needs = _Needs.of(config, sizes, work)
     best: Plan | Refusal | None = None
     rooms = [device.nbytes for device in chosen]
-    ways = [counts] if counts is not None else _splits(len(sizes.layers), rooms, least or [0] * len(rooms))
-    for way in ways:
-        outcome = _with_split(config, sizes, chosen, way, host, work, needs, streaming)
-        if best is None or _better(outcome, best):
-            best = outcome
+    least = least or [0] * len(rooms)
+
+    def with_way(way: Sequence[int]) -> Plan | Refusal:
+        return _with_split(config, sizes, chosen, way, host, work, needs, streaming)
+
+    taken: Sequence[int] = ()
+    for way in [counts] if counts is not None else _splits(len(sizes.layers), rooms, least):
+        outcome = with_way(way)
+        if best is None or better(outcome, best):
+            best, taken = outcome, way
+    if best is not None and counts is None and len(chosen) > _TRIED_WHOLLY:
+        best = _climb(best, taken, least, with_way)
     if best is None:
         raise RequestError(
             f"{len(chosen)} devices must have a layer each, but this model has only {len(sizes.layers)}."
@@ -493,8 +500,8 @@ def _cost(expert: Sequence[int], wanted: Sequence[int], level: int) -> int:
 
 
 def _splits(layers: int, rooms: Sequence[int], least: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Numbers of layers per device, at least so many: in proportion to their room first, then every other way if these
-    are not many.
+    """Numbers of layers per device, at least so many: in proportion to their room first, then every other way where the
+    devices are few.
     """
     total = sum(rooms)
     ends = [round(layers * sum(rooms[: index + 1]) / total) if total else layers for index in range(len(rooms))]
@@ -508,7 +515,7 @@ def _splits(layers: int, rooms: Sequence[int], least: Sequence[int]) -> Iterator
             counts[index] += 1
     proportional = tuple(counts)
     yield proportional
-    if comb(layers + len(rooms) - 1, len(rooms) - 1) > _MAX_SPLITS:
+    if len(rooms) > _TRIED_WHOLLY:
         return
     for bars in combinations(range(layers + len(rooms) - 1), len(rooms) - 1):
         edges = [-1, *bars, layers + len(rooms) - 1]
@@ -517,7 +524,24 @@ def _splits(layers: int, rooms: Sequence[int], least: Sequence[int]) -> Iterator
             yield way
 
 
-def _better(new: Plan | Refusal, old: Plan | Refusal) -> bool:
+def _climb(
+    best: Plan | Refusal, way: Sequence[int], least: Sequence[int], with_way: Callable[[Sequence[int]], Plan | Refusal]
+) -> Plan | Refusal:
+    """Moves single layers from device to device as long as the outcome gets better."""
+    moved = True
+    while moved:
+        moved = False
+        for giver, taker in permutations(range(len(way)), 2):
+            while way[giver] > least[giver]:
+                changed = [count + (index == taker) - (index == giver) for index, count in enumerate(way)]
+                outcome = with_way(changed)
+                if not better(outcome, best):
+                    break
+                best, way, moved = outcome, changed, True
+    return best
+
+
+def better(new: Plan | Refusal, old: Plan | Refusal) -> bool:
     """A plan before a refusal, the faster plan, then the faster writer, the smaller shortage; else the old one."""
     if isinstance(new, Refusal):
         return isinstance(old, Refusal) and new.missing < old.missing

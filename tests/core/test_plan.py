@@ -541,3 +541,20 @@ def test_reading_a_weight_back_takes_no_more_than_planned(tiny_config, scheme, d
     with LivingBytes([stored.data, *stored.scales]) as counted:
         stored.dequantize(dtype)
     assert counted.peak <= 1.05 * 4 * _scratch(config, scheme, dtype)
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "cards"),
+    [("int8", (80, 8, 8, 8)), ("int4", (24, 12, 12, 12)), ("int4", (12, 12, 24, 24))],
+)
+def test_more_cards_are_never_slower_than_the_first_alone(weight_format, cards):
+    config = published_config()
+    sizes = sizes_of(config, weight_format)
+    machine = Machine(cards, 112)
+    devices, host, work = machine.devices(), machine.host(), Workload()
+    alone, together = (
+        attempt(config, sizes, devices, host, work, streaming=True, split=split) for split in (False, True)
+    )
+    assert together.step_seconds <= alone.step_seconds * 1.02
+    first = attempt(config, sizes, devices, host, work, streaming=True, split=True, least=(1, 0, 0, 0))
+    assert first.layers[0].device == devices[0].name

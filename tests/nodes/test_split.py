@@ -302,6 +302,83 @@ def test_the_cards_share_a_host_that_is_too_small(
     assert max(in_host) <= 5
 
 
+def test_the_host_holds_what_the_cards_do_not(
+    comfy_pack: ComfyPack, mm: types.ModuleType, cards: Cards, tiny_checkpoint: Path
+):
+    """Just enough of it: nothing may stay in the files because another card's experts were counted, too."""
+    opened = Opened(comfy_pack, tiny_checkpoint, cards, streaming=3, disk=True)
+    placed, least = opened.placed, int(mm.minimum_inference_memory())
+    experts = {card: placed.total_on(card) - placed.required_on(card) for card in (FIRST, SECOND)}
+    cards.total[FIRST] = least + opened.transformer.least_bytes + 1000
+    cards.total[SECOND] = least + opened.second.least_bytes + experts[SECOND] * 7 // 8 + 1000
+    cards.host_free = ROOMY // 10 + experts[FIRST] + experts[SECOND] // 8 + 4000
+    opened.bring(opened.transformer)
+    assert placed.file_bytes == 0
+    assert placed.host_bytes == experts[FIRST] + experts[SECOND] // 8
+
+
+def test_the_vae_takes_its_turn_on_the_first_card_alone(
+    mm: types.ModuleType, cards: Cards, opened: Opened, whole_latents: torch.Tensor
+):
+    opened.latents()
+    second = cards.on(SECOND) - opened.second.kept_bytes()
+    cards.total[FIRST] = int(mm.minimum_inference_memory()) + cards.on(FIRST) + GIB
+    opened.bring(opened.vae, int(opened.memory.most_free_memory(FIRST) - opened.vae.model_size()) - 1000)
+    assert opened.transformer.loaded_size() == 0
+    assert cards.on(SECOND) == second
+    mm.unload_all_models()
+    assert (cards.on(FIRST), cards.on(SECOND)) == (0, 0), "also beside a home that had left before"
+    assert torch.equal(opened.latents(), whole_latents)
+
+
+def test_host_memory_that_runs_out_on_the_second_card_costs_the_first_nothing(
+    mm: types.ModuleType, cards: Cards, opened: Opened, whole_latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    placed_module, seen = type(opened.placed), []
+    load = placed_module.load
+
+    def failing(self: Any, *args: Any, device: Any = None, **others: Any) -> Any:
+        seen.append((device, self.loaded_on(FIRST)))
+        if device == SECOND:
+            raise MemoryError("no more")
+        return load(self, *args, device=device, **others)
+
+    monkeypatch.setattr(placed_module, "load", failing)
+    error = sys.modules[opened.memory.RequestError.__module__].OutOfBudgetError
+    with pytest.raises(error):
+        opened.bring(opened.transformer)
+    assert seen[-1] == (SECOND, opened.placed.total_on(FIRST)), "the first card kept what it had for the second try"
+    assert opened.placed.host_bytes == 0
+    assert mm.loaded_models() == [opened.transformer]
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("state", ["HIGH_VRAM", "NO_VRAM", "LOW_VRAM"])
+def test_every_state_of_the_manager_leaves_room_for_the_work(
+    comfy_pack: ComfyPack,
+    mm: types.ModuleType,
+    cards: Cards,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+):
+    monkeypatch.setattr(mm, "vram_state", getattr(mm.VRAMState, state))
+    opened = Opened(comfy_pack, tiny_checkpoint, cards, streaming=3)
+    work = opened.memory.Work(GIB, GIB)
+    cards.total[SECOND] = opened.second.least_bytes + work.on(2 / 3) + int(mm.extra_reserved_memory()) + 1000
+    opened.bring(opened.transformer, work)
+    assert opened.placed.is_ready
+    assert cards.free(SECOND) >= work.on(2 / 3)
+
+
+def test_a_second_card_without_room_is_noticed_before_the_first_is_read(cards: Cards, opened: Opened):
+    cards.others[SECOND] = ROOMY - 1000
+    told: list[str] = []
+    with pytest.raises(opened.memory.RequestError, match="more on cpu:1"):
+        opened.memory.bring_to_device(opened.transformer, 0, lambda stage, *_: told.append(stage))
+    assert told == []
+
+
 def test_a_budget_holds_on_each_card(
     comfy_pack: ComfyPack, cards: Cards, tiny_checkpoint: Path, whole_latents: torch.Tensor
 ):
