@@ -87,9 +87,9 @@ class Optimiser:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, object]) -> None:
-        """The inverse of `state`. Moments that a compact state left out start from zero."""
+        """The inverse of `state`. Without masters it begins from the average, without moments from zero."""
         for name in ("masters", "average", "first", "second"):
-            ours, theirs = getattr(self, name), state.get(name, {})
+            ours, theirs = getattr(self, name), state.get(name, state["average"] if name == "masters" else {})
             for key in ours.keys() & theirs.keys():
                 ours[key].copy_(theirs[key])
         self.steps = int(state["steps"])

@@ -3,6 +3,7 @@
     python -m training.run vae --minutes 60 --state vae.pt
     python -m training.run transformer --minutes 60 --state transformer.pt --start vae.pt
     python -m training.run instruct --minutes 60 --state instruct.pt --start transformer.pt
+    python -m training.run compact --state instruct.pt --out instruct-compact.pt
     python -m training.run export --state instruct.pt --out checkpoints/hunyuan3-tiny-instruct
 
 The run may be killed at any time: it goes on from the last state that was written. A line of averages is added to a
@@ -22,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 
 from .lessons import Curriculum
-from .state import load_state, save_state
+from .state import compact, load_state, save_state
 from .tokenizer import train_tokenizer
 from .transformer import TransformerStage, TransformerStageConfig
 from .vae import VAEStage, VAEStageConfig
@@ -85,7 +86,7 @@ def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str
         if is_new:
             writer.writeheader()
         writer.writerow(line)
-    _log.info("%s", " ".join(f"{key} {value}" for key, value in line.items()))
+    _log.info("%s", " ".join(f"{key} {value}" for key, value in line.items() if value != ""))
 
 
 INSTRUCT = TransformerStageConfig(
@@ -119,11 +120,11 @@ def instruct_stage(config: TransformerStageConfig, state: Path, start: Path | No
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.run", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("vae", "transformer", "instruct", "export"))
+    parser.add_argument("stage", choices=("vae", "transformer", "instruct", "compact", "export"))
     parser.add_argument("--minutes", type=float, default=60.0, help="after which to stop and save")
     parser.add_argument("--state", type=Path, help="state file (default: STAGE.pt); its log lies beside it")
     parser.add_argument("--start", type=Path, help="the state file of the stage before, where a stage begins")
-    parser.add_argument("--out", type=Path, help="folder to export to")
+    parser.add_argument("--out", type=Path, help="what to write: a state, or a folder")
     parser.add_argument("--steps", type=int, default=0, help="of the whole stage, for its schedule (0: its config's)")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     args = parser.parse_args()
@@ -139,9 +140,12 @@ def main() -> None:
             train(transformer_stage(replace(TransformerStageConfig(), **steps), state, args.start), state, args.minutes)
         case "instruct":
             train(instruct_stage(replace(INSTRUCT, **steps), state, args.start), state, args.minutes)
+        case _ if args.out is None or not state.exists():
+            raise SystemExit("--state and --out say what to read, and what to write.")
+        case "compact":
+            saved = load_state(state)
+            save_state(args.out, {**saved, "stage": compact(saved["stage"])})
         case "export":
-            if args.out is None or not state.exists():
-                raise SystemExit("--state and --out say what to export, and where to.")
             stage = transformer_stage(TransformerStageConfig(), state)
             stage.restore(load_state(state)["stage"], plan=False)
             _log.info("%s: step %d", stage.export(args.out), stage.done)

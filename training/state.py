@@ -22,13 +22,9 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def compact(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state small enough to be kept with the code: weights and average in bfloat16, no moments.
+    """A stage's state small enough to be kept with the code: its averaged weights in bfloat16, no moments.
 
-    A run goes on from it, though not to the bit: the moments start from zero.
+    A run goes on from it, though not to the bit: from the average, the moments from zero.
     """
-    optimiser = dict(state["optimiser"])
-    for name in ("first", "second"):
-        optimiser[name] = {}
-    for name in ("masters", "average"):
-        optimiser[name] = {key: tensor.to(torch.bfloat16) for key, tensor in optimiser[name].items()}
-    return {**state, "optimiser": optimiser}
+    average = {name: tensor.to(torch.bfloat16) for name, tensor in state["optimiser"]["average"].items()}
+    return {**state, "optimiser": {"average": average, "steps": 0}}

@@ -49,7 +49,7 @@ class TransformerStageConfig:
     sizes: Sizes = field(default_factory=Sizes)
     curriculum: Curriculum = field(default_factory=Curriculum)
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(rate=1.5e-3, muon_rate=3e-3))
-    steps: int = 4600
+    steps: int = 5200
     warmup: int = 150
     decay_share: float = 0.6
     rows: int = 64
@@ -174,8 +174,7 @@ class TransformerStage:
 
     def start_from(self, state: Mapping[str, Any]) -> None:
         """Begins a stage with the averaged weights that another one ended with; moments and steps start anew."""
-        average = state["optimiser"]["average"]
-        self.optimiser.restore({"masters": average, "average": average, "steps": 0})
+        self.optimiser.restore({"average": state["optimiser"]["average"], "steps": 0})
 
     def export(self, out: Path, average: bool = True) -> Path:
         """Writes the checkpoint folder, with the averaged weights or the last ones."""

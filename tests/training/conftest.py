@@ -9,7 +9,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from training.export import Sizes
 from training.flat_vae import FlatVAE
-from training.lessons import Curriculum
 from training.tokenizer import control_tokens
 from training.transformer import TransformerStage, TransformerStageConfig
 from training.vae import TINY_VAE
@@ -22,7 +21,6 @@ SMALL = TransformerStageConfig(
     samples=2,
     lessons=30,
 )
-INSTRUCT = Curriculum(edits=0.3, fusions=0.1, questions=0.3)
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +40,8 @@ def small_stage(vocabulary: Tokenizer) -> Callable[..., TransformerStage]:
     torch.manual_seed(0)
     vae = FlatVAE(TINY_VAE).state_dict()
 
-    def make(compute: torch.dtype = torch.float32, instruct: bool = False) -> TransformerStage:
-        config = replace(SMALL, curriculum=INSTRUCT) if instruct else SMALL
+    def make(compute: torch.dtype = torch.float32, **changes: object) -> TransformerStage:
+        config = replace(SMALL, **changes)
         return TransformerStage(config, vocabulary, vae, scaling=(0.0, 1.0), compute=compute)
 
     return make

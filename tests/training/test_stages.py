@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from hunyuan3.pipeline import Hunyuan3
+from training.lessons import Curriculum
 from training.optimiser import Optimiser, OptimiserConfig, orthogonalised, trapezoid
 from training.run import Stage, train
 from training.state import compact, load_state, save_state
 from training.transformer import TransformerStage, noise_levels
 from training.vae import VAEStage, VAEStageConfig
 
+INSTRUCT = Curriculum(edits=0.3, fusions=0.1, questions=0.3)
 TINY_STAGE = replace(VAEStageConfig(), crops=2, wholes=1, crop=32, crop_share=0.9, warmup=2, steps=20)
 
 
@@ -29,17 +31,17 @@ def test_vae_learns() -> None:
 
 def test_transformer_learns(small_stage: Callable[..., TransformerStage]) -> None:
     stage = small_stage()
-    records = [stage.step() for _ in range(30)]
+    records = [stage.step() for _ in range(24)]
     words = [record["words"] for record in records if "words" in record]
     flow = [record["flow"] for record in records]
-    assert sum(flow[-10:]) < 0.97 * sum(flow[:10])
-    assert sum(words[-10:]) < 0.9 * sum(words[:10])
+    assert sum(flow[-8:]) < 0.97 * sum(flow[:8])
+    assert sum(words[-8:]) < 0.9 * sum(words[:8])
 
 
 def test_instruction_teaches_pictures_and_answers(small_stage: Callable[..., TransformerStage]) -> None:
-    stage = small_stage(instruct=True)
+    stage = small_stage(curriculum=INSTRUCT)
     tower = stage.optimiser.masters["vision.tower.patch_embedding.weight"].clone()
-    records = [stage.step() for _ in range(20)]
+    records = [stage.step() for _ in range(12)]
     assert {"flow", "flow_shown", "answer", "words"} <= {key for record in records for key in record}
     assert not torch.equal(stage.optimiser.masters["vision.tower.patch_embedding.weight"], tower)
 
@@ -49,17 +51,18 @@ def test_resuming_changes_no_bit(kind: str, small_stage: Callable[..., Transform
     """Across an epoch's end, with the data laid out anew."""
 
     def make() -> Stage:
-        return _vae_stage() if kind == "vae" else small_stage(torch.bfloat16, instruct=True)
+        return _vae_stage() if kind == "vae" else small_stage(torch.bfloat16, curriculum=INSTRUCT, lessons=1, repeats=1)
 
     first = make()
-    before, after = (3, 3) if kind == "vae" else (4, 12)
-    for _ in range(before):
+    for _ in range(3):
         first.step()
     save_state(tmp_path / "state.pt", {"stage": first.state()})
     second = make()
     second.restore(load_state(tmp_path / "state.pt")["stage"])
-    for _ in range(after):
+    for _ in range(4):
         assert first.step() == second.step()
+    if kind == "transformer":
+        assert first.state()["epoch"][0] > 0
     for name, master in first.optimiser.masters.items():
         assert torch.equal(master, second.optimiser.masters[name]), name
         assert torch.equal(first.optimiser.average[name], second.optimiser.average[name]), name
@@ -81,10 +84,12 @@ def test_compact_state_goes_on(small_stage: Callable[..., TransformerStage], tmp
     save_state(tmp_path / "full.pt", {"stage": stage.state()})
     save_state(tmp_path / "compact.pt", {"stage": compact(stage.state())})
     full, small = ((tmp_path / name).stat().st_size for name in ("full.pt", "compact.pt"))
-    assert small < 0.6 * full
+    assert small < 0.5 * full
     other = small_stage()
     other.restore(load_state(tmp_path / "compact.pt")["stage"])
     assert other.done == 1
+    for name, master in other.optimiser.masters.items():
+        assert torch.equal(master, stage.optimiser.average[name].bfloat16().float()), name
     other.step()
 
 
