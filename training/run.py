@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from tokenizers import Tokenizer
 
+from .finished import start_of
 from .lessons import Curriculum
 from .state import compact, load_state, save_state
 from .tokenizer import train_tokenizer
@@ -99,23 +100,26 @@ INSTRUCT = TransformerStageConfig(
 def transformer_stage(config: TransformerStageConfig, state: Path, vae: Path | None = None) -> TransformerStage:
     """A stage beside the VAE that its state file brings; where there is none, beside that of the first stage's file."""
     if state.exists():
-        saved = load_state(state)["stage"]
-        tokenizer = Tokenizer.from_str(saved["tokenizer"])
-        return TransformerStage(config, tokenizer, saved["vae"], tuple(saved["scaling"]))
+        return _stage_of(config, load_state(state)["stage"])
     if vae is None or not vae.exists():
         raise SystemExit("A new transformer needs --start, the state of the VAE's stage.")
     return TransformerStage(config, train_tokenizer(), load_state(vae)["stage"]["optimiser"]["average"])
 
 
 def instruct_stage(config: TransformerStageConfig, state: Path, start: Path | None) -> TransformerStage:
-    """The third stage; where it has no state file, it starts from the averaged weights of the second stage's file."""
+    """The third stage; where it has no state file, it starts from the averaged weights of the second stage."""
     if state.exists():
         return transformer_stage(config, state)
     if start is None or not start.exists():
-        raise SystemExit("A new instruct stage needs --start, the state of the transformer's stage.")
-    stage = transformer_stage(config, start)
-    stage.start_from(load_state(start)["stage"])
+        raise SystemExit("A new instruct stage needs --start, the state or the folder of the transformer's stage.")
+    before = start_of(start)
+    stage = _stage_of(config, before)
+    stage.start_from(before)
     return stage
+
+
+def _stage_of(config: TransformerStageConfig, saved: Mapping[str, Any]) -> TransformerStage:
+    return TransformerStage(config, Tokenizer.from_str(saved["tokenizer"]), saved["vae"], tuple(saved["scaling"]))
 
 
 def main() -> None:
@@ -123,7 +127,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("vae", "transformer", "instruct", "compact", "export"))
     parser.add_argument("--minutes", type=float, default=60.0, help="after which to stop and save")
     parser.add_argument("--state", type=Path, help="state file (default: STAGE.pt); its log lies beside it")
-    parser.add_argument("--start", type=Path, help="the state file of the stage before, where a stage begins")
+    parser.add_argument("--start", type=Path, help="the state of the stage before, or its folder, where one begins")
     parser.add_argument("--out", type=Path, help="what to write: a state, or a folder")
     parser.add_argument("--steps", type=int, default=0, help="of the whole stage, for its schedule (0: its config's)")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
