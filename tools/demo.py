@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -81,7 +82,7 @@ def _make_picture(server: ComfyServer, checkpoint: str, options: argparse.Namesp
     (think,) = (number for number, node in workflow.items() if node["class_type"] == "Hunyuan3Think")
     path = _new_file(Path.cwd() / "output")
     path.write_bytes(server.view(**images[0]))
-    return path, "\n".join(outputs[think]["text"])
+    return path, re.sub(r"</?recaption>", "", outputs[think]["text"][0]).replace("\n\n", " ")
 
 
 def _new_file(folder: Path) -> Path:
