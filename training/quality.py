@@ -26,6 +26,7 @@ from hunyuan3.quant.policy import FORMATS
 from .candidate import Candidate
 from .exam import DrawingTask, exam
 from .likeness import psnr, ssim
+from .marks import mean
 from .score import judge
 
 _KINDS = ("one", "two")
@@ -48,7 +49,7 @@ class Drawn:
 
     pictures: tuple[np.ndarray, ...]
     right: dict[str, float]
-    background: float
+    background: float | None
 
 
 def settings(steps: int, distil: Path | None = None) -> list[Setting]:
@@ -80,7 +81,7 @@ def quality(
             kind: float(np.mean([bool(result.marks.all) for result in results if result.kind == kind]))
             for kind in _KINDS
         }
-        background = float(np.mean([bool(result.marks.background) for result in results]))
+        background = mean(result.marks.background for result in results)  # of those whose prompt names it
         done.append((setting, Drawn(tuple(np.asarray(d.picture) for d in drawings), right, background)))
     return done
 
@@ -98,7 +99,8 @@ def table(done: Sequence[tuple[Setting, Drawn]]) -> str:
             alike = median(ssim(one, other) for one, other in pairs)
             likeness = [f"{decibels:.1f} dB", f"{alike:.3f}", f"{same} of {len(pairs)}"]
         shares = [drawn.right[kind] for kind in _KINDS] + [drawn.background]
-        lines.append(_row([setting.name, *(f"{share:.2f}" for share in shares), *likeness]))
+        shown = ["-" if share is None else f"{share:.2f}" for share in shares]
+        lines.append(_row([setting.name, *shown, *likeness]))
     return "\n".join(lines)
 
 
