@@ -161,8 +161,7 @@ class PartPatcher(ModelPatcher):
         self.progress: Progress = no_progress
         self.room: int | None = None  # bytes beyond `least_bytes` that the loader's budget allows
         self.work = Work(0)  # what it is being loaded for
-        self.all: tuple[weakref.ref[PartPatcher], ...] = (weakref.ref(self),)  # one for each device of the part
-        self.beside: tuple[PartPatcher, ...] = ()  # the others, held by the first
+        self.beside: tuple[PartPatcher, ...] = ()  # those of the part's other devices, held by the first
 
     @classmethod
     def of(
@@ -188,7 +187,6 @@ class PartPatcher(ModelPatcher):
             )
             first += count
         for patcher in patchers:
-            patcher.all = tuple(weakref.ref(each) for each in patchers)
             patcher.budget.add(patcher)
         patchers[0].beside = tuple(patchers[1:])
         return patchers[0]
@@ -204,7 +202,7 @@ class PartPatcher(ModelPatcher):
         copy.prefixes = self.prefixes
         copy.budget = self.budget
         copy.progress = self.progress
-        copy.share, copy.all, copy.beside = self.share, self.all, self.beside
+        copy.share, copy.beside = self.share, self.beside
         return copy
 
     def is_dynamic(self) -> bool:

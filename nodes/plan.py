@@ -131,6 +131,7 @@ def _devices(devices: Sequence[torch.device], budget: Budget) -> list[DeviceBudg
 
 
 def _device(device: torch.device, budget: Budget, sharing: int = 1) -> DeviceBudget:
+    """`sharing`: devices that have the CPU's memory in common."""
     free, limit = _most_free(device), budget.device_bytes(device)
     is_cpu = mm.is_device_cpu(device)
     if is_cpu:

@@ -93,10 +93,10 @@ class CheckpointIndex:
 
         One that was merely written again (a repaired download) is as good as before.
         """
-        if file.exists() and _stamp(file) == self._stamps[file]:
-            return
         if not file.exists():
             raise CheckpointError(f"{file} cannot be read: it is gone. Put it back, or download it again.")
+        if _stamp(file) == self._stamps[file]:
+            return
         now = _read_header(file)
         before = {name: info for name, info in self._stacked.items() if info.file == file}
         if any(now.get(name) != info for name, info in before.items()):

@@ -14,26 +14,6 @@ SMALLEST_TILE = 96
 _VAE_COPIES = {4: 4.0, 2: 3.0}
 
 
-def sampling_bytes(
-    config: ModelConfig,
-    rows: int,
-    tokens: int,
-    dtype: torch.dtype,
-    *,
-    at_once: int | None = None,
-    experts_at_once: int | None = None,
-    scratch: int = 0,
-) -> int:
-    """Key-value cache and activations of a denoise run of `rows` sequences of `tokens` tokens.
-
-    The optional arguments are those of `activation_bytes`.
-    """
-    activations = activation_bytes(
-        config, rows, tokens, dtype, at_once=at_once, experts_at_once=experts_at_once, scratch=scratch
-    )
-    return cache_bytes(config, rows, tokens, dtype) + activations
-
-
 def cache_bytes(config: ModelConfig, rows: int, tokens: int, dtype: torch.dtype) -> int:
     """Keys and values of `rows` sequences of `tokens` tokens in all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * rows * tokens * dtype.itemsize

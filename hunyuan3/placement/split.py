@@ -1,7 +1,6 @@
 """Which device computes which layers, and how people ask for it."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,16 +88,6 @@ class SplitRequest:
             return cls(tuple(devices), layers=tuple(_layers(amount, text, name) for amount in amounts))
         nbytes = tuple(_bytes(amount, unit, text, name) for amount, unit in zip(amounts, units, strict=True))
         return cls(tuple(devices), nbytes=nbytes)
-
-    def fixed(self) -> LayerSplit | None:
-        """The split, where the numbers of layers are given."""
-        return None if self.layers is None else LayerSplit(tuple(zip(self.devices, self.layers, strict=True)))
-
-
-def halves(devices: Sequence[torch.device], layers: int) -> LayerSplit:
-    """Layers shared out evenly, the first devices taking what is over."""
-    share, over = divmod(layers, len(devices))
-    return LayerSplit(tuple((device, share + (index < over)) for index, device in enumerate(devices)))
 
 
 def _device(text: str, kind: str, whole: str, name: str) -> torch.device:

@@ -20,7 +20,7 @@ from hunyuan3.generate.taylor import TaylorOptions
 from hunyuan3.pack import pack
 from hunyuan3.parts import LoadOptions
 from hunyuan3.pipeline import Hunyuan3
-from hunyuan3.placement.split import LayerSplit, SplitRequest, halves
+from hunyuan3.placement.split import LayerSplit, SplitRequest
 from hunyuan3.quant.policy import FORMATS
 from hunyuan3.writing import TextRequest, answering, thinking
 
@@ -329,7 +329,3 @@ def test_a_split_must_fit_the_model(folders):
         LoadOptions(device="cpu", split=split_after(1)).resolved()
     with pytest.raises(RequestError, match=r"cuda:7.*does not work here"):
         LoadOptions(split=LayerSplit(((FIRST, 1), (torch.device("cuda:7"), 2)))).resolved()
-
-
-def test_layers_are_shared_out_evenly():
-    assert halves([FIRST, SECOND], 5) == LayerSplit(((FIRST, 3), (SECOND, 2)))

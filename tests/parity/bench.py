@@ -13,7 +13,7 @@ from hunyuan3.pack import pack
 from hunyuan3.parts import LoadOptions
 from hunyuan3.pipeline import Hunyuan3
 from hunyuan3.placement.placed import PlacedModule
-from hunyuan3.placement.split import halves
+from hunyuan3.placement.split import LayerSplit
 
 from .recording import MissingFeatureError, Recording
 from .way import Way
@@ -97,8 +97,10 @@ class Bench:
         options = LoadOptions(device="cpu", dtype=dtype, vae_dtype="float32", format=weight_format)
         # cpu:0 and cpu:1 stand in for cards: to all that compares devices they are others than the host's cpu.
         if way.split:
-            two = halves([torch.device("cpu", 0), torch.device("cpu", 1)], folder.config.num_layers)
-            options = replace(options, device="auto", split=two)
+            second = folder.config.num_layers // 2
+            first = folder.config.num_layers - second
+            runs = ((torch.device("cpu", 0), first), (torch.device("cpu", 1), second))
+            options = replace(options, device="auto", split=LayerSplit(runs))
         if way.streaming:
             options = replace(options, streaming=way.streaming, disk=way.disk, ram=0 if way.disk else None)
             if not way.split:
