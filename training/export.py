@@ -55,8 +55,8 @@ class Sizes:
     vision_patches: int = 64
 
 
-def config_json(tokenizer: Tokenizer, vae: VAEConfig, sizes: Sizes) -> dict[str, Any]:
-    """`config.json` of an Instruct checkpoint with this vocabulary, VAE and these sizes."""
+def config_json(tokenizer: Tokenizer, vae: VAEConfig, sizes: Sizes, distilled: bool = False) -> dict[str, Any]:
+    """`config.json` of an Instruct, or Instruct-Distil, checkpoint with this vocabulary, VAE and these sizes."""
     layers = sizes.layers
     return {
         "architectures": ["HunyuanImage3ForCausalMM"],
@@ -92,6 +92,7 @@ def config_json(tokenizer: Tokenizer, vae: VAEConfig, sizes: Sizes) -> dict[str,
         "patch_size": 1,
         "patch_embed_hidden_dim": sizes.patch_embed_hidden_dim,
         "image_base_size": sizes.image_base_size,
+        **({"cfg_distilled": True, "use_meanflow": True} if distilled else {}),
         "cond_token_attn_type": "joint_full",
         "cond_image_type": "vae_vit",
         "vae_type": "hunyuan-image-vae-v1",
@@ -186,7 +187,7 @@ def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "top_p": 0.95,
         "temperature": 0.6,
         "max_length": 4096,
-        "diff_infer_steps": 20,
+        "diff_infer_steps": 8 if config.get("cfg_distilled") else 20,
         "diff_guidance_scale": 3.0,
         "flow_shift": 4.0,
         "drop_think": False,

@@ -14,6 +14,12 @@ class GrowingCache:
         self._keys: list[torch.Tensor | None] = [None] * layers
         self._values: list[torch.Tensor | None] = [None] * layers
 
+    def fork(self) -> "GrowingCache":
+        """A cache that goes on from what is in this one, which stays as it is."""
+        forked = GrowingCache(0)
+        forked._keys, forked._values = list(self._keys), list(self._values)
+        return forked
+
     def write(
         self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

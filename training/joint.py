@@ -26,55 +26,69 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """What a pass gave: velocity (R * S, C, h, w) float32 or None, logits (M, V) float32 and their targets (M,)."""
+class Noisy:
+    """R * S pictures on their way from noise, S for each row of a batch, those of a row together.
 
-    velocity: torch.Tensor | None
-    logits: torch.Tensor
-    targets: torch.Tensor
+    Attributes:
+        latents: (R * S, C, h, w), scaled.
+        sigmas: (R * S,) their noise levels in 0..1.
+        ends: (R * S,) the noise levels that a distilled model is to step to; None for another model.
+        guidance: (R * S,) the strength of guidance that it is to imitate; None for another model.
+    """
+
+    latents: torch.Tensor
+    sigmas: torch.Tensor
+    ends: torch.Tensor | None = None
+    guidance: torch.Tensor | None = None
 
 
-def joint_pass(
-    model: Hunyuan3Transformer,
-    vision: Vision,
-    batch: Batch,
-    shown: Sequence[Shown] = (),
-    noisy: torch.Tensor | None = None,
-    sigmas: torch.Tensor | None = None,
-) -> Predicted:
-    """Velocities of R * S noisy pictures, S for each row of the batch, and the logits of the words to be learned.
+class JointPass:
+    """The words and input pictures of a batch, read once, to draw from at any noise level.
 
     The words before a picture do not depend on it, so they run once for all S pictures of a row, and what all rows
     begin with (the system prompt) runs once for the batch. Every number equals that of a whole row by itself.
 
-    Args:
-        shown: the input pictures, in sequence order.
-        noisy: (R * S, C, h, w) latents at the noise levels `sigmas` (R * S,) in 0..1, those of a row together; None
-            where the rows end in words.
+    Attributes:
+        logits: (M, V) float32, of the M words to be learned.
+        targets: (M,) int64, what they should have been.
     """
-    config, rows = model.config, batch.rows
-    sequence = rows.sequence
-    cos, sin = rope_table(rope_positions(len(sequence), rows.grids), config.head_dim, config.rope_theta)
-    cache = GrowingCache(config.num_layers)
 
-    def run(x: torch.Tensor, span: Span) -> torch.Tensor:
+    def __init__(self, model: Hunyuan3Transformer, vision: Vision, batch: Batch, shown: Sequence[Shown] = ()) -> None:
+        """shown: the input pictures, in sequence order."""
+        self.model = model
+        self.rows = batch.rows
+        sequence = batch.rows.sequence
+        self.cache = GrowingCache(model.config.num_layers)
+        self.rope = rope_table(
+            rope_positions(len(sequence), batch.rows.grids), model.config.head_dim, model.config.rope_theta
+        )
+        self.end = len(sequence) if sequence.gen_timestep is None else sequence.gen_timestep
+        text = Span(min(batch.shared, self.end - 1), self.end)
+        self._run(model.wte(batch.ids[:1, : text.start]), Span(0, text.start), self.cache)
+        words = self._run(_embedded(model, vision, batch, shown)[:, text.start : self.end], text, self.cache)
+        targets = batch.targets[:, text.start : self.end]
+        learned = targets != NO_TARGET
+        self.logits, self.targets = model.logits(words[learned]), targets[learned]
+
+    def velocity(self, noisy: Noisy) -> torch.Tensor:
+        """(R * S, C, h, w) float32. May be called again and again; no call sees anything of another."""
+        model, picture = self.model, self.rows.sequence.gen_run
+        times = noisy.sigmas * TIME_SCALE
+        control = [model.timestep_emb(times)]
+        if model.guidance_emb is not None:
+            assert noisy.guidance is not None, "a distilled model is told the guidance"
+            control.append(model.guidance_emb((noisy.guidance * TIME_SCALE).bfloat16().float()))  # as in inference
+        if model.timestep_r_emb is not None:
+            assert noisy.ends is not None, "a distilled model is told where to step"
+            control.append(model.timestep_r_emb(noisy.ends * TIME_SCALE))
+        x = torch.cat((torch.stack(control, dim=1), model.embed_latents(noisy.latents, times)), dim=1)
+        out = self._run(x, Span(self.end, picture.span.stop), self.cache.fork())
+        return model.velocity(out[:, len(control) :], times, picture.grid)
+
+    def _run(self, x: torch.Tensor, span: Span, cache: GrowingCache) -> torch.Tensor:
+        cos, sin = self.rope
         rope = (cos[span.start : span.stop], sin[span.start : span.stop])
-        return model(x, rope, plan_attention(span, rows.full_spans), cache)
-
-    end = len(sequence) if sequence.gen_timestep is None else sequence.gen_timestep
-    text = Span(min(batch.shared, end - 1), end)
-    run(model.wte(batch.ids[:1, : text.start]), Span(0, text.start))
-    words = run(_embedded(model, vision, batch, shown)[:, text.start : end], text)
-    targets = batch.targets[:, text.start : end]
-    learned = targets != NO_TARGET
-    velocity = None
-    if noisy is not None and sigmas is not None:
-        picture = sequence.gen_run
-        times = sigmas * TIME_SCALE
-        drawn = torch.cat((model.timestep_emb(times)[:, None], model.embed_latents(noisy, times)), dim=1)
-        out = run(drawn, Span(end, picture.span.stop))
-        velocity = model.velocity(out[:, 1:], times, picture.grid)
-    return Predicted(velocity, model.logits(words[learned]), targets[learned])
+        return self.model(x, rope, plan_attention(span, self.rows.full_spans), cache)
 
 
 def _embedded(model: Hunyuan3Transformer, vision: Vision, batch: Batch, shown: Sequence[Shown]) -> torch.Tensor:

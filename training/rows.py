@@ -89,12 +89,12 @@ def in_batches(rows: Iterable[Row], size: int, least: int, rng: random.Random) -
     return batches
 
 
-def collate(rows: Sequence[Row], tokens: SpecialTokens, dropout: float, rng: random.Random) -> Batch:
-    """A batch; with probability `dropout` a row becomes its unconditional branch, from which no words are learned."""
+def collate(rows: Sequence[Row], tokens: SpecialTokens, dropped: Sequence[bool]) -> Batch:
+    """A batch. A `dropped` row becomes its unconditional branch, if it has one; no words are learned from it."""
     ids, targets = [], []
-    for row in rows:
+    for row, is_dropped in zip(rows, dropped, strict=True):
         conditional, *unconditional = row.rows.branches
-        if unconditional and rng.random() < dropout:
+        if unconditional and is_dropped:
             ids.append(unconditional[0].ids)
             targets.append([NO_TARGET] * len(conditional))
         else:

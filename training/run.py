@@ -3,6 +3,7 @@
     python -m training.run vae --minutes 60 --state vae.pt
     python -m training.run transformer --minutes 60 --state transformer.pt --start vae.pt
     python -m training.run instruct --minutes 60 --state instruct.pt --start transformer.pt
+    python -m training.run distil --minutes 60 --state distil.pt --start checkpoints/hunyuan3-tiny-instruct
     python -m training.run compact --state instruct.pt --out instruct-compact.pt
     python -m training.run export --state instruct.pt --out checkpoints/hunyuan3-tiny-instruct
 
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from tokenizers import Tokenizer
 
+from .distil import DistilStage, DistilStageConfig
 from .finished import start_of
 from .lessons import Curriculum
 from .state import compact, load_state, save_state
@@ -91,8 +93,11 @@ def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str
 
 
 INSTRUCT = TransformerStageConfig(
-    curriculum=Curriculum(edits=0.25, fusions=0.05, questions=0.2, complete=0.7, rewritten=0.2, thought=0.15),
-    steps=4000,
+    curriculum=Curriculum(edits=0.3, fusions=0.06, questions=0.15, complete=0.5, rewritten=0.3, thought=0.15),
+    steps=5000,
+    repeats=3,
+    shift=3.0,
+    uniform=0.3,
     seed=1,
 )
 
@@ -118,13 +123,28 @@ def instruct_stage(config: TransformerStageConfig, state: Path, start: Path | No
     return stage
 
 
+DISTIL = DistilStageConfig(curriculum=INSTRUCT.curriculum, shift=4.0, seed=2)
+
+
+def distil_stage(config: DistilStageConfig, start: Path | None) -> DistilStage:
+    """The fourth stage, beside its teacher, which no state file holds."""
+    if start is None or not start.exists():
+        raise SystemExit("The distil stage needs --start, the state or the folder of its teacher, every time.")
+    before = start_of(start)
+    teacher = _stage_of(TransformerStageConfig(), before)
+    teacher.start_from(before)
+    stage = DistilStage(config, teacher)
+    stage.start_from(before)
+    return stage
+
+
 def _stage_of(config: TransformerStageConfig, saved: Mapping[str, Any]) -> TransformerStage:
     return TransformerStage(config, Tokenizer.from_str(saved["tokenizer"]), saved["vae"], tuple(saved["scaling"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.run", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("vae", "transformer", "instruct", "compact", "export"))
+    parser.add_argument("stage", choices=("vae", "transformer", "instruct", "distil", "compact", "export"))
     parser.add_argument("--minutes", type=float, default=60.0, help="after which to stop and save")
     parser.add_argument("--state", type=Path, help="state file (default: STAGE.pt); its log lies beside it")
     parser.add_argument("--start", type=Path, help="the state of the stage before, or its folder, where one begins")
@@ -144,14 +164,17 @@ def main() -> None:
             train(transformer_stage(replace(TransformerStageConfig(), **steps), state, args.start), state, args.minutes)
         case "instruct":
             train(instruct_stage(replace(INSTRUCT, **steps), state, args.start), state, args.minutes)
+        case "distil":
+            train(distil_stage(replace(DISTIL, **steps), args.start), state, args.minutes)
         case _ if args.out is None or not state.exists():
             raise SystemExit("--state and --out say what to read, and what to write.")
         case "compact":
             saved = load_state(state)
             save_state(args.out, {**saved, "stage": compact(saved["stage"])})
         case "export":
-            stage = transformer_stage(TransformerStageConfig(), state)
-            stage.restore(load_state(state)["stage"], plan=False)
+            saved = load_state(state)["stage"]
+            stage = _stage_of(TransformerStageConfig(distilled=saved.get("distilled", False)), saved)
+            stage.restore(saved, plan=False)
             _log.info("%s: step %d", stage.export(args.out), stage.done)
 
 

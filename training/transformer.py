@@ -1,7 +1,7 @@
 """Second stage: the transformer learns to write and to draw, pictures by flow matching, words by the next token."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ from hunyuan3.config import ModelConfig
 from hunyuan3.folder import ModelFolder
 from hunyuan3.image.preprocess import vision_patches
 from hunyuan3.moe.layer import MoELayer
+from hunyuan3.transformer.model import Hunyuan3Transformer
 
 from .attention import attend_products
 from .draw import draw
@@ -22,7 +23,7 @@ from .experts import Balance, run_experts
 from .export import Sizes, config_json, write_folder
 from .flat_vae import FlatVAE, volumetric
 from .initial import initial_transformer, initial_vision
-from .joint import Shown, joint_pass
+from .joint import JointPass, Noisy, Shown
 from .latents import encode_scenes, scaling_of
 from .lessons import Curriculum, make_lessons
 from .optimiser import Optimiser, OptimiserConfig, trapezoid
@@ -44,6 +45,7 @@ class TransformerStageConfig:
         shift, uniform: noise levels are logit-normal, a share uniform, all shifted towards noise (Esser et al. 2024).
         words, balance: weights of the next-token and the load-balancing loss beside the flow matching loss.
         posterior: deviation of the noise on input pictures' latents, which inference draws from their posterior.
+        distilled: whether the model is told guidance and the end of its step, and draws without a second branch.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
@@ -62,6 +64,7 @@ class TransformerStageConfig:
     words: float = 0.1
     balance: float = 0.01
     posterior: float = 0.05
+    distilled: bool = False
     seed: int = 0
 
 
@@ -99,23 +102,20 @@ class TransformerStage:
     ) -> None:
         """vae_state: of a `FlatVAE`. scaling: (shift, scaling) of its latents, measured where it is None."""
         self.config = config
+        self.compute = compute
         self.tokenizer = tokenizer
         self.vae_state = {name: tensor.to(torch.bfloat16) for name, tensor in vae_state.items()}
         self.vae = FlatVAE(TINY_VAE, compute).requires_grad_(False)
         self.vae.load_state_dict({name: tensor.float() for name, tensor in self.vae_state.items()})
         self.scaling = scaling or scaling_of(self.vae, config.seed)
         self.vae_config = replace(TINY_VAE, shift_factor=self.scaling[0], scaling_factor=self.scaling[1])
-        self.json = config_json(tokenizer, self.vae_config, config.sizes)
+        self.json = config_json(tokenizer, self.vae_config, config.sizes, config.distilled)
         model_config = ModelConfig.from_json(self.json)
         self.model = initial_transformer(model_config, config.seed)
         self.vision = initial_vision(model_config, config.seed)
         self.optimiser = Optimiser(self._parameters(), _matrices(self.model, self.vision), config.optimiser)
-        self.model.to(compute)
         self.vision.to(compute)
-        for layer in self.model.layers:
-            assert isinstance(layer.mlp, MoELayer)
-            layer.mlp.backend = run_experts
-            layer.self_attn.attend = attend_products
+        for_training(self.model.to(compute))
         self.balance = Balance(self.model)
         self.folder = self._folder()
         self.done = 0
@@ -128,26 +128,18 @@ class TransformerStage:
         epoch = self._current_epoch()
         rows = self._rows(epoch)
         rng = random.Random(f"rows:{config.seed}:{self.done}")
-        batch = collate(rows, self.folder.tokens, config.dropout, rng)
+        dropped = [rng.random() < config.dropout for _ in rows]
+        batch = collate(rows, self.folder.tokens, dropped)
         shown = [self._shown(epoch, batch, place, generator) for place in range(len(batch.lessons[0].inputs))]
+        read = JointPass(self.model, self.vision, batch, shown)
         record: dict[str, float] = {}
-        if batch.lessons[0].scene is None:
-            predicted = joint_pass(self.model, self.vision, batch, shown)
-            loss = config.balance * self.balance.take()
-        else:
-            samples = min(2 * config.samples, config.rows * config.samples // len(batch.ids))
-            clean = torch.stack([epoch.latents[lesson.scene] for lesson in batch.lessons])
-            clean = clean.float().repeat_interleave(samples, 0)
-            sigmas = noise_levels(len(batch.ids), samples, config.shift, config.uniform, generator)
-            noise = torch.randn(clean.shape, generator=generator)
-            level = sigmas[:, None, None, None]
-            noisy = (1 - level) * clean + level * noise
-            predicted = joint_pass(self.model, self.vision, batch, shown, noisy, sigmas)
-            flow = (predicted.velocity - (noise - clean)).square().mean()
-            record["flow_shown" if shown else "flow"] = flow.item()
-            loss = flow + config.balance * self.balance.take()
-        if len(predicted.targets):
-            words = F.cross_entropy(predicted.logits, predicted.targets)
+        loss = 0.0
+        if batch.lessons[0].scene is not None:
+            loss = self._flow(epoch, batch, shown, read, generator)
+            record["flow_shown" if shown else "flow"] = loss.item()
+        loss = loss + config.balance * self.balance.take()
+        if len(read.targets):
+            words = F.cross_entropy(read.logits, read.targets)
             loss = loss + config.words * words
             record["answer" if batch.lessons[0].scene is None else "words"] = words.item()
         loss.backward()
@@ -155,9 +147,31 @@ class TransformerStage:
         self.done += 1
         return record
 
+    def _flow(
+        self, epoch: Epoch, batch: Batch, shown: Sequence[Shown], read: JointPass, generator: torch.Generator
+    ) -> torch.Tensor:
+        """The flow matching loss of a batch's pictures: `x = (1 - s) z + s n`, target `n - z`."""
+        samples = self._samples(batch)
+        clean = self._clean(epoch, batch, samples)
+        sigmas = noise_levels(len(batch.ids), samples, self.config.shift, self.config.uniform, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        return (read.velocity(Noisy(mixed(clean, noise, sigmas), sigmas)) - (noise - clean)).square().mean()
+
+    def _samples(self, batch: Batch) -> int:
+        """How many noise levels each row of a batch sees: more, to a limit, where there are fewer rows."""
+        config = self.config
+        return min(2 * config.samples, config.rows * config.samples // len(batch.ids))
+
+    def _clean(self, epoch: Epoch, batch: Batch, samples: int) -> torch.Tensor:
+        """(R * samples, C, h, w) float32: the latents to be drawn, scaled."""
+        return (
+            torch.stack([epoch.latents[lesson.scene] for lesson in batch.lessons]).float().repeat_interleave(samples, 0)
+        )
+
     def state(self) -> dict[str, Any]:
         return {
             "done": self.done,
+            "distilled": self.config.distilled,
             "tokenizer": self.tokenizer.to_str(),
             "optimiser": self.optimiser.state(),
             "vae": self.vae_state,
@@ -238,11 +252,31 @@ class TransformerStage:
         return Shown(latents + deviation * torch.randn(latents.shape, generator=generator), patches)
 
 
+def for_training(model: Hunyuan3Transformer) -> Hunyuan3Transformer:
+    """The model, with attention and experts that have gradients and are fast on a CPU."""
+    for layer in model.layers:
+        assert isinstance(layer.mlp, MoELayer)
+        layer.mlp.backend = run_experts
+        layer.self_attn.attend = attend_products
+    return model
+
+
+def mixed(clean: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """(n, C, h, w) pictures at the noise levels `sigmas` (n,) in 0..1."""
+    level = sigmas[:, None, None, None]
+    return (1 - level) * clean + level * noise
+
+
+def shifted(s: torch.Tensor, shift: float) -> torch.Tensor:
+    """Places 0..1 of a schedule -> noise levels 0..1 (Esser et al. 2024): `k s / (1 + (k - 1) s)`."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
 def noise_levels(rows: int, samples: int, shift: float, uniform: float, generator: torch.Generator) -> torch.Tensor:
     """(rows * samples,) noise levels in 0..1, those of a row together, spread evenly over the distribution.
 
     Those of a row lie in as many equal parts of it, and in each part the rows' lie in as many equal parts again.
-    `s` is logit-normal, a share `uniform` uniform; the level is `k s / (1 + (k - 1) s)` with the shift `k`.
+    Before the shift they are logit-normal, a share `uniform` uniform.
     """
     within = torch.rand(rows, samples, generator=generator).argsort(dim=0)
     within = (within + torch.rand(rows, samples, generator=generator)) / rows
@@ -250,7 +284,7 @@ def noise_levels(rows: int, samples: int, shift: float, uniform: float, generato
     normal = torch.sigmoid(torch.special.ndtri(part.clamp(1e-4, 1 - 1e-4)))
     is_uniform = torch.rand(rows, samples, generator=generator) < uniform
     s = torch.where(is_uniform, part, normal)
-    return (shift * s / (1 + (shift - 1) * s)).flatten()
+    return shifted(s, shift).flatten()
 
 
 def _matrices(model: torch.nn.Module, vision: torch.nn.Module) -> list[str]:

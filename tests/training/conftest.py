@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from training.distil import DistilStage, DistilStageConfig
 from training.export import Sizes
 from training.flat_vae import FlatVAE
 from training.tokenizer import control_tokens
@@ -21,6 +22,9 @@ SMALL = TransformerStageConfig(
     samples=2,
     lessons=30,
 )
+
+
+_ALIKE = ("sizes", "steps", "warmup", "rows", "samples", "lessons")
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +49,29 @@ def small_stage(vocabulary: Tokenizer) -> Callable[..., TransformerStage]:
         return TransformerStage(config, vocabulary, vae, scaling=(0.0, 1.0), compute=compute)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_distil(small_stage: Callable[..., TransformerStage]) -> Callable[..., DistilStage]:
+    """Makes the stage beside a teacher that is stirred, so that it has something to teach."""
+
+    def make(compute: torch.dtype = torch.float32, **changes: object) -> DistilStage:
+        teacher = small_stage(compute)
+        stir(teacher)
+        config = replace(DistilStageConfig(**{name: getattr(SMALL, name) for name in _ALIKE}), **changes)
+        stage = DistilStage(config, teacher)
+        stage.start_from(teacher.state())
+        return stage
+
+    return make
+
+
+def stir(stage: TransformerStage) -> None:
+    """Noise on all weights, so that nothing is zero, and bfloat16 values where the exported folder holds such."""
+    generator = torch.Generator().manual_seed(1)
+    for name, master in stage.optimiser.masters.items():
+        master += 0.05 * torch.randn(master.shape, generator=generator)
+        if not name.endswith("router.weight"):
+            master.copy_(master.bfloat16())
+        stage.optimiser.average[name].copy_(master)
+        stage.optimiser.parameters[name].data.copy_(master)

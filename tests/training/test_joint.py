@@ -1,7 +1,6 @@
 """What is trained is what is drawn: the training pass against the package's own loops, on an exported folder."""
 
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,8 +12,9 @@ from hunyuan3.image.preprocess import vision_patches
 from hunyuan3.pictures import show_pictures
 from hunyuan3.pipeline import Hunyuan3
 from hunyuan3.writing import TextRequest, answering, thinking
+from tests.training.conftest import stir
 from training.draw import draw
-from training.joint import Predicted, Shown, joint_pass
+from training.joint import JointPass, Noisy, Shown
 from training.lessons import Lesson
 from training.rows import NO_TARGET, Batch, Row, collate, lay_out, next_tokens
 from training.scene import Background, Object, Scene
@@ -33,12 +33,7 @@ SAMPLES = 2
 def stage(small_stage: Callable[..., TransformerStage]) -> TransformerStage:
     """Stirred, so that nothing is zero, and rounded to what the exported folder holds."""
     stage = small_stage()
-    generator = torch.Generator().manual_seed(1)
-    for name, master in stage.optimiser.masters.items():
-        master += 0.05 * torch.randn(master.shape, generator=generator)
-        if not name.endswith("router.weight"):
-            master.copy_(master.bfloat16())
-        stage.optimiser.parameters[name].data.copy_(master)
+    stir(stage)
     return stage
 
 
@@ -48,15 +43,14 @@ def model(stage: TransformerStage, tmp_path_factory: pytest.TempPathFactory) -> 
     return Hunyuan3.load(folder, device="cpu", dtype="float32")
 
 
-def _batch(stage: TransformerStage, dropout: float = 0.0, **lesson: object) -> Batch:
+def _batch(stage: TransformerStage, dropped: bool = False, **lesson: object) -> Batch:
     lessons = [replace(Lesson(prompt, i), **lesson) for i, prompt in enumerate(PROMPTS)]
     rows = [lay_out(stage.folder, lesson, SCENES) for lesson in lessons]
-    return collate(rows, stage.folder.tokens, dropout, random.Random(0))
+    return collate(rows, stage.folder.tokens, [dropped] * len(rows))
 
 
-def _run(stage: TransformerStage, batch: Batch, *rest: object) -> Predicted:
-    with torch.no_grad():
-        return joint_pass(stage.model, stage.vision, batch, *rest)
+def _read(stage: TransformerStage, batch: Batch, shown: Sequence[Shown] = ()) -> JointPass:
+    return JointPass(stage.model, stage.vision, batch, shown)
 
 
 def _shown(model: Hunyuan3, scene: Scene) -> tuple[Shown, torch.Tensor]:
@@ -68,6 +62,7 @@ def _shown(model: Hunyuan3, scene: Scene) -> tuple[Shown, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["prompt", "trace", "picture"])
+@torch.no_grad()
 def test_velocity_is_that_of_the_denoise_loop(stage: TransformerStage, model: Hunyuan3, kind: str) -> None:
     """Conditional and unconditional, for every prompt, picture and time of a batch with a shared beginning."""
     trace = TRACE if kind == "trace" else ""
@@ -75,9 +70,12 @@ def test_velocity_is_that_of_the_denoise_loop(stage: TransformerStage, model: Hu
     inputs = (1,) if kind == "picture" else ()
     noisy = torch.randn(len(PROMPTS) * SAMPLES, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     sigmas = torch.tensor([1.0, 0.3] * len(PROMPTS))
-    given = ([shown] * len(inputs), noisy, sigmas)
-    conditional = _run(stage, _batch(stage, trace=trace, inputs=inputs), *given).velocity
-    unconditional = _run(stage, _batch(stage, 1.0, trace=trace, inputs=inputs), *given).velocity
+    conditional, unconditional = (
+        _read(stage, _batch(stage, dropped, trace=trace, inputs=inputs), [shown] * len(inputs)).velocity(
+            Noisy(noisy, sigmas)
+        )
+        for dropped in (False, True)
+    )
     for index, prompt in enumerate(PROMPTS):
         conditioning = model.conditioning(prompt, trace=trace, pictures=encoded if inputs else ())
         rows = conditioning.rows.showing(show_pictures(model.folder.config.vae, conditioning.pictures))
@@ -90,10 +88,11 @@ def test_velocity_is_that_of_the_denoise_loop(stage: TransformerStage, model: Hu
     assert not torch.allclose(conditional, unconditional, atol=1e-2)  # prompts matter, or this test shows nothing
 
 
+@torch.no_grad()
 def test_logits_are_those_of_the_text_loop(stage: TransformerStage, model: Hunyuan3) -> None:
     """The first token of a rewrite, predicted in training from the whole row, in inference from the prompt alone."""
     batch = _batch(stage, trace="<recaption>A large circle.</recaption>")
-    predicted = _run(stage, batch, (), torch.zeros(len(PROMPTS), 16, 8, 8), torch.ones(len(PROMPTS)))
+    predicted = _read(stage, batch)
     per_row = len(predicted.targets) // len(PROMPTS)
     plan = thinking(model.folder, "recaption", need_ratio=False)
     for index, prompt in enumerate(PROMPTS):
@@ -101,11 +100,11 @@ def test_logits_are_those_of_the_text_loop(stage: TransformerStage, model: Hunyu
         torch.testing.assert_close(first.logits, predicted.logits[index * per_row], atol=2e-4, rtol=1e-3)
 
 
+@torch.no_grad()
 def test_answers_are_those_of_the_text_loop(stage: TransformerStage, model: Hunyuan3) -> None:
     """The first token of an answer about a picture: the tag that opens it."""
     shown, encoded = _shown(model, SCENES[2])
-    predicted = _run(stage, _batch(stage, scene=None, inputs=(2,), answer="Two."), [shown])
-    assert predicted.velocity is None
+    predicted = _read(stage, _batch(stage, scene=None, inputs=(2,), answer="Two."), [shown])
     per_row = len(predicted.targets) // len(PROMPTS)
     tokens, tokenizer = stage.folder.tokens, stage.folder.tokenizer
     assert predicted.targets[:per_row].tolist() == [tokens.answer, *tokenizer.encode("Two."), tokens.answer_end]
@@ -133,7 +132,7 @@ def test_targets_are_what_the_model_writes(stage: TransformerStage) -> None:
 
 
 def test_unconditional_rows_teach_no_words(stage: TransformerStage) -> None:
-    batch = _batch(stage, 1.0, trace=TRACE)
+    batch = _batch(stage, True, trace=TRACE)
     assert (batch.targets == NO_TARGET).all()
     assert (batch.ids == stage.folder.tokens.cfg).any()
 
@@ -144,8 +143,8 @@ def test_gradients_reach_everything_that_is_shown(stage: TransformerStage) -> No
     assert batch.shared > 4
     patches = vision_patches(draw(SCENES[1]), max_num_patches=64, patch_size=16)
     shown = Shown(torch.randn(3, 16, 8, 8), [patches] * 3)
-    predicted = joint_pass(stage.model, stage.vision, batch, [shown], torch.randn(3, 16, 8, 8), torch.full((3,), 0.5))
-    predicted.velocity.square().mean().backward()
+    read = _read(stage, batch, [shown])
+    read.velocity(Noisy(torch.randn(3, 16, 8, 8), torch.full((3,), 0.5))).square().mean().backward()
     stage.balance.take()
     gradient = stage.model.wte.weight.grad
     assert gradient[batch.ids[0, : batch.shared]].abs().amax(dim=1).min() > 0
