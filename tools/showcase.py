@@ -1,0 +1,85 @@
+"""What the shipped workflows are asked where the trained tiny checkpoints stand in for the published ones.
+
+For the pictures of them: screenshots in the README, thumbnails among ComfyUI's templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.testbed import REPO
+from tools.workflows import BASE, DISTIL, INSTRUCT
+from training.draw import draw
+from training.scene import Background, Object, Scene
+
+TRAINED = {
+    BASE: REPO / "checkpoints" / "hunyuan3-tiny-instruct",  # there is no tiny base model
+    INSTRUCT: REPO / "checkpoints" / "hunyuan3-tiny-instruct",
+    DISTIL: REPO / "checkpoints" / "hunyuan3-tiny-distil",
+}
+
+
+@dataclass(frozen=True)
+class Show:
+    """Texts for the nodes of a workflow that take some, in the order of the nodes, and pictures for those that load."""
+
+    texts: tuple[str, ...]
+    pictures: tuple[Scene, ...] = ()
+
+
+def scene(background: str, *objects: Object) -> Scene:
+    """Objects on a plain background, as large as the model's own square."""
+    return Scene(128, 128, Background("plain", background), objects)
+
+
+_PAIR = scene("white", Object("circle", "red", 38, 64, 52), Object("square", "blue", 92, 64, 48))
+_FUSED = (
+    scene("white", Object("star", "red", 64, 64, 72)),
+    scene("yellow", Object("square", "blue", 64, 64, 60)),
+    scene("green", Object("circle", "white", 64, 64, 60)),
+)
+_DRAWN = "a red heart in the middle on a yellow background"
+SHOWS = {
+    "text_to_image": Show((_DRAWN,)),
+    "text_to_image_instruct": Show((_DRAWN,)),
+    "text_to_image_base": Show((_DRAWN,)),
+    "latent_to_latent": Show(("a blue star",)),
+    "think_and_draw": Show(("a star",)),
+    "think_and_draw_distil": Show(("a star",)),
+    "edit_picture": Show(("Make the circle green.",), (_PAIR,)),
+    "edit_picture_distil": Show(("Make the circle green.",), (_PAIR,)),
+    "fuse_three": Show(("Draw the first shape in the second color on the third background.",), _FUSED),
+    "fuse_three_distil": Show(("Draw the first shape in the second color on the third background.",), _FUSED),
+    "ask_picture": Show(("What does it show?",), (_PAIR,)),
+    "multi_turn_edit": Show(("a red circle", "Make the circle blue.")),
+}
+_TEXTS = {"PrimitiveStringMultiline": "value", "Hunyuan3Conditioning": "prompt", "Hunyuan3Ask": "prompt"}
+_WRITERS = ("Hunyuan3Think", "Hunyuan3Ask")
+_MOST_TOKENS = 200
+
+
+def asked(name: str, prompt: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    """The inputs to set in a shipped workflow (API format), by node: {node id: {input: value}}.
+
+    Writes the pictures that it loads into `folder`, ComfyUI's input folder.
+    """
+    show = SHOWS[name]
+    texts, pictures = list(show.texts), list(show.pictures)
+    changes: dict[str, dict[str, Any]] = {}
+    for number, node in sorted(prompt.items(), key=lambda item: int(item[0])):
+        kind = node["class_type"]
+        given = changes.setdefault(number, {})
+        if kind in _TEXTS and isinstance(node["inputs"][_TEXTS[kind]], str):
+            given[_TEXTS[kind]] = texts.pop(0)
+        if kind in _WRITERS:
+            given |= {"max_new_tokens": _MOST_TOKENS}
+        if kind == "LoadImage":
+            file = f"{name}_{number}.png"
+            draw(pictures.pop(0)).save(folder / file)
+            given["image"] = file
+    assert not texts, f"{name} has no node for {texts}"
+    assert not pictures, f"{name} loads fewer pictures"
+    return {number: given for number, given in changes.items() if given}
