@@ -44,7 +44,7 @@ from hunyuan3.pipeline import Hunyuan3
 from hunyuan3.placement.budget import PCIE4, Workload
 from hunyuan3.placement.copier import DirectCopier, RingSlot
 from hunyuan3.placement.expert_cache import HALF_LIFE, MARGIN, CacheStatistics, UseCounts
-from hunyuan3.placement.planner import plan
+from hunyuan3.placement.planner import Freedom, plan
 from hunyuan3.placement.ring import ExpertRing
 from hunyuan3.placement.streaming import ExpertStreaming, StreamedBank, expert_unit
 from hunyuan3.plan import Machine, published_config, rates_of_card, sizes_of
@@ -79,7 +79,7 @@ class Setup:
     def planned(cls, config: ModelConfig, weight_format: str, card: int, ram: int, link: float) -> "Setup":
         """With as many experts on the card as the plan for drawing and writing has there."""
         sizes, machine = sizes_of(config, weight_format), Machine((card,), ram)
-        made = plan(config, sizes, machine.devices(), machine.host(), Workload(), streaming=True, split=False)
+        made = plan(config, sizes, machine.devices(), machine.host(), Workload(), Freedom(streaming=True, split=False))
         top_k, expert = config.moe.top_k[0], sizes.layers[0].expert
         return cls(
             name=f"{weight_format}, {card} GB",

@@ -44,7 +44,7 @@ from hunyuan3.moe.weights import ExpertBank, ExpertWeights
 from hunyuan3.ops.attention import plan_attention
 from hunyuan3.ops.rope import rope_positions, rope_table
 from hunyuan3.placement.copier import Copier, CopyExpert, RingSlot, ThreadCopier, copy_expert
-from hunyuan3.placement.planner import RING_GROUPS
+from hunyuan3.placement.cut import RING_GROUPS
 from hunyuan3.placement.ring import ExpertRing
 from hunyuan3.placement.streaming import ExpertStreaming, StreamedBank, expert_unit
 from hunyuan3.types import Span

@@ -22,7 +22,7 @@ from .folder import Networks
 from .ops.quantized import Scheme
 from .placement.budget import DISK, PCIE4, DeviceBudget, HostBudget, LayerSizes, PartSizes, Rate, Workload
 from .placement.plan import Plan
-from .placement.planner import attempt, plan
+from .placement.planner import Freedom, attempt, plan
 from .quant.modules import CHUNK, is_quantized, swap
 from .quant.policy import FORMATS, policy_of
 
@@ -179,7 +179,7 @@ def table(config: ModelConfig, work: Workload, formats: Sequence[str], disk: Rat
 
 
 def _cell(config: ModelConfig, sizes: PartSizes, machine: Machine, work: Workload) -> str:
-    outcome = attempt(config, sizes, machine.devices(), machine.host(), work, streaming=True, split=True)
+    outcome = attempt(config, sizes, machine.devices(), machine.host(), work, Freedom(streaming=True, split=True))
     if isinstance(outcome, Plan):
         return f"{outcome.step_seconds:.1f} s/step"
     where = "RAM" if outcome.where == "host" else "on the card"
@@ -268,8 +268,7 @@ def main(argv: list[str] | None = None) -> int:
             devices,
             machine.host(),
             work,
-            streaming=not args.no_streaming,
-            split=True,
+            Freedom(streaming=not args.no_streaming, split=True),
             alternatives=sizes,
         )
         print(made.text())

@@ -14,7 +14,7 @@ from ..hunyuan3.moe.select import MOE_BACKENDS
 from ..hunyuan3.ops.attention import ATTENTION_BACKENDS
 from ..hunyuan3.parts import DTYPES, VAE_DTYPES, LoadOptions, reads_from_files, works
 from ..hunyuan3.pipeline import Hunyuan3
-from ..hunyuan3.placement.planner import RING_GROUPS as RING_SLOTS
+from ..hunyuan3.placement.cut import RING_GROUPS as RING_SLOTS
 from ..hunyuan3.placement.split import SplitRequest
 from ..hunyuan3.quant.policy import FORMATS
 from .compat import io, require_choice, schema

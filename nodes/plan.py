@@ -11,7 +11,7 @@ from ..hunyuan3.folder import ModelFolder
 from ..hunyuan3.parts import ResolvedOptions, reads_from_files, works
 from ..hunyuan3.placement.budget import DISK, DeviceBudget, HostBudget, PartSizes, Rate, Workload
 from ..hunyuan3.placement.plan import Plan
-from ..hunyuan3.placement.planner import attempt, better, plan
+from ..hunyuan3.placement.planner import Freedom, attempt, better, plan
 from ..hunyuan3.placement.split import LayerSplit, SplitRequest
 from ..hunyuan3.plan import rates_of_card, sizes_of
 from ..hunyuan3.quant.policy import FORMATS, storage_of
@@ -43,17 +43,15 @@ def planned(
         vae_dtype=options.vae_dtype,
     )
     sizes = {options.format: _sizes(folder, options, options.format)}
-    ways = {
-        "streaming": not mm.is_device_cpu(options.device),
-        "split": True,
-        "counts": None if asked is None else asked.layers,
-    }
+    freedom = Freedom(
+        streaming=not mm.is_device_cpu(options.device), split=True, counts=None if asked is None else asked.layers
+    )
 
     def fits(side: int, within: Budget) -> Plan | None:
         smaller, host, best = replace(work, width=side, height=side), _host(folder, options, within), None
         for devices, least in _choices(options.device, asked):
             budgets = _devices(devices, within)
-            made = attempt(config, sizes[options.format], budgets, host, smaller, **ways, least=least)
+            made = attempt(config, sizes[options.format], budgets, host, smaller, replace(freedom, least=least))
             if isinstance(made, Plan) and (best is None or better(made, best)):
                 best = made
             if best is not None and (best.fits_whole or len(devices) > 1):
@@ -79,8 +77,7 @@ def planned(
             _devices(devices, budget),
             _host(folder, options, budget),
             work,
-            **ways,
-            least=least,
+            replace(freedom, least=least),
             alternatives=sizes,
         )
     except OutOfBudgetError as error:

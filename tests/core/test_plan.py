@@ -23,9 +23,10 @@ from hunyuan3.ops.quantized import quantize
 from hunyuan3.parts import LoadOptions, place_transformer, place_vae, place_vision
 from hunyuan3.placement import estimate
 from hunyuan3.placement.budget import DeviceBudget, HostBudget, LayerSizes, PartSizes, Rate, Workload
+from hunyuan3.placement.cut import GROUP, RING_GROUPS
 from hunyuan3.placement.flops import step_flops
 from hunyuan3.placement.plan import Plan, Refusal
-from hunyuan3.placement.planner import GROUP, RING_GROUPS, attempt, plan
+from hunyuan3.placement.planner import Freedom, attempt, plan
 from hunyuan3.plan import Machine, _scratch, main, published_config, sizes_of
 from hunyuan3.quant.policy import FORMATS
 from hunyuan3.transformer.model import Hunyuan3Transformer
@@ -34,6 +35,9 @@ GIB = 2**30
 NO_DISK = Rate(0.0)
 CARDS = [(12,), (16,), (24,), (24, 24), (32,), (48,), (80,), (96,), (141,)]
 RAMS = [32, 64, 128, 192]
+ANY = Freedom(streaming=True, split=True)
+ONE_CARD = Freedom(streaming=True, split=False)
+WHOLE = Freedom(streaming=False, split=False)
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +103,14 @@ def test_every_cell_of_the_table_is_a_plan_that_adds_up_or_a_refusal_with_number
     machine = Machine(cards, ram)
     devices, host = machine.devices(), machine.host()
     for name in FORMATS:
-        outcome = attempt(config, sizes[name], devices, host, work, streaming=True, split=True)
+        outcome = attempt(config, sizes[name], devices, host, work, ANY)
         if isinstance(outcome, Plan):
             check(outcome, config, sizes[name], devices, host, work)
             assert "GiB" in outcome.text()
             continue
         assert outcome.missing > 0
         with pytest.raises(OutOfBudgetError) as error:
-            plan(config, sizes[name], devices, host, work, streaming=True, split=True, alternatives=sizes)
+            plan(config, sizes[name], devices, host, work, ANY, alternatives=sizes)
         assert len(re.findall(r"\d+\.\d\d GiB", str(error.value))) >= 2
 
 
@@ -114,15 +118,16 @@ def test_known_cells(published):
     """Against performance.md: 80 GB of fp8 minus what stays, over 25 GB/s, or the compute that hides it."""
     config, sizes = published
     machine = Machine((16,), 128)
-    made = plan(config, sizes["fp8"], machine.devices(), machine.host(), Workload(), streaming=True, split=True)
+    made = plan(config, sizes["fp8"], machine.devices(), machine.host(), Workload(), ANY)
     streamed = made.pinned + made.pageable
     assert streamed + made.devices[0].weights == sizes["fp8"].transformer
     assert made.devices[0].copy_seconds == pytest.approx(made.pinned / 25e9 + made.pageable / 8e9)
     whole = Machine((141,), 32)
-    made = plan(config, sizes["fp8"], whole.devices(), whole.host(), Workload(), streaming=False, split=False)
+    made = plan(config, sizes["fp8"], whole.devices(), whole.host(), Workload(), WHOLE)
     assert made.streamed_share == 0
     assert isinstance(
-        attempt(config, sizes["bf16"], whole.devices(), whole.host(), Workload(), streaming=False, split=False), Refusal
+        attempt(config, sizes["bf16"], whole.devices(), whole.host(), Workload(), WHOLE),
+        Refusal,
     )
 
 
@@ -219,7 +224,7 @@ def test_random_plans_never_pass_a_budget_and_hold_every_expert_once(tiny_config
     plans = refusals = 0
     for seed in range(400):
         config, sizes, devices, host, work = random_case(tiny_config, random.Random(seed))
-        outcome = attempt(config, sizes, devices, host, work, streaming=True, split=True)
+        outcome = attempt(config, sizes, devices, host, work, ANY)
         if isinstance(outcome, Plan):
             plans += 1
             check(outcome, config, sizes, devices, host, work)
@@ -235,7 +240,7 @@ def test_more_memory_is_never_slower_and_never_refused(tiny_config):
     for seed in range(200):
         rng = random.Random(1000 + seed)
         config, sizes, devices, host, work = random_case(tiny_config, rng)
-        before = attempt(config, sizes, devices, host, work, streaming=True, split=True)
+        before = attempt(config, sizes, devices, host, work, ANY)
         if isinstance(before, Refusal):
             continue
         index = rng.randrange(len(devices))
@@ -246,7 +251,7 @@ def test_more_memory_is_never_slower_and_never_refused(tiny_config):
             (devices, replace(host, pinned=host.pinned + rng.choice([1, 10**6, 10**9]))),
             (devices, replace(host, pageable=host.pageable + rng.choice([1, 10**6, 10**9]))),
         ):
-            after = attempt(config, sizes, *richer, work, streaming=True, split=True)
+            after = attempt(config, sizes, *richer, work, ANY)
             assert isinstance(after, Plan), (seed, after)
             assert after.step_seconds <= before.step_seconds * (1 + 1e-6), seed
             compared += 1
@@ -315,7 +320,7 @@ def test_a_refusal_is_really_necessary(tiny_config):
     for seed in range(150):
         rng = random.Random(5000 + seed)
         config, sizes, devices, host, work = random_case(tiny_config, rng, devices=rng.randint(1, 2))
-        outcome = attempt(config, sizes, devices, host, work, streaming=True, split=True)
+        outcome = attempt(config, sizes, devices, host, work, ANY)
         expected = possible(config, sizes, devices, host, work)
         assert isinstance(outcome, Plan) == expected, (seed, outcome)
         outcomes.append(expected)
@@ -331,34 +336,34 @@ def test_advice_is_true(published, cards, ram):
     devices, host = machine.devices(), machine.host()
     for batch, streaming in ((1, True), (24, True), (1, False)):
         work = Workload(batch=batch)
-        given = {"streaming": streaming, "split": True}
+        freedom = Freedom(streaming=streaming, split=True)
         try:
-            plan(config, sizes["bf16"], devices, host, work, alternatives=sizes, **given)
+            plan(config, sizes["bf16"], devices, host, work, freedom, alternatives=sizes)
             continue
         except OutOfBudgetError as error:
             text = str(error)
-        refusal = attempt(config, sizes["bf16"], devices, host, work, **given)
+        refusal = attempt(config, sizes["bf16"], devices, host, work, freedom)
         assert refusal.text in text
         formats = re.search(r"in the format ([\w ]+)\.", text)
         named = formats[1].split(" or ") if formats else []
         for name in FORMATS:
-            fits = isinstance(attempt(config, sizes[name], devices, host, work, **given), Plan)
+            fits = isinstance(attempt(config, sizes[name], devices, host, work, freedom), Plan)
             alike = [other for other in named if sizes[other] == sizes[name]]
             assert fits == bool(alike), (name, text)
         if match := re.search(r"a batch of (\d+)", text):
-            plan(config, sizes["bf16"], devices, host, replace(work, batch=int(match[1])), **given)
+            plan(config, sizes["bf16"], devices, host, replace(work, batch=int(match[1])), freedom)
         if match := re.search(r"a picture of (\d+)x(\d+)", text):
             smaller = replace(work, width=int(match[1]), height=int(match[2]))
-            plan(config, sizes["bf16"], devices, host, smaller, **given)
+            plan(config, sizes["bf16"], devices, host, smaller, freedom)
         if "sequential" in text:
-            plan(config, sizes["bf16"], devices, host, replace(work, rows=1, passes=2), **given)
+            plan(config, sizes["bf16"], devices, host, replace(work, rows=1, passes=2), freedom)
         if "GiB more of RAM" in text:
             more = replace(host, pageable=host.pageable + refusal.missing)
-            plan(config, sizes["bf16"], devices, more, work, **given)
+            plan(config, sizes["bf16"], devices, more, work, freedom)
             short = replace(host, pageable=host.pageable + refusal.missing - GIB)
-            assert isinstance(attempt(config, sizes["bf16"], devices, short, work, **given), Refusal)
+            assert isinstance(attempt(config, sizes["bf16"], devices, short, work, freedom), Refusal)
         if "disk" in text:
-            plan(config, sizes["bf16"], devices, replace(host, disk=Rate(3e9)), work, **given)
+            plan(config, sizes["bf16"], devices, replace(host, disk=Rate(3e9)), work, freedom)
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -368,7 +373,7 @@ def test_seconds_are_what_the_formula_says(published, cards, ram, name, passes):
     config, sizes = published
     machine, size = Machine(cards, ram), sizes[name].layers[0]
     work = Workload(rows=2 // passes, passes=passes)
-    made = plan(config, sizes[name], machine.devices(), machine.host(), work, streaming=True, split=False)
+    made = plan(config, sizes[name], machine.devices(), machine.host(), work, ONE_CARD)
     (device,), host, layer = machine.devices(), machine.host(), made.layers[0]
     copies = [
         one.pinned * size.expert / device.link.value + one.pageable * size.expert / host.pageable_rate.value
@@ -394,7 +399,7 @@ def test_without_streaming_all_experts_are_computed_at_once_and_counted_so(publi
     for gib in range(150, 170):
         machine = Machine((gib,), 64)
         given = (config, sizes["bf16"], machine.devices(), machine.host(), Workload())
-        outcome = attempt(*given, streaming=False, split=False)
+        outcome = attempt(*given, WHOLE)
         if isinstance(outcome, Plan):
             need = need or gib
             (device,) = outcome.devices
@@ -402,31 +407,38 @@ def test_without_streaming_all_experts_are_computed_at_once_and_counted_so(publi
             assert outcome.fits_whole
     assert need == 157
     given = (config, sizes["bf16"], Machine((155,), 64).devices(), machine.host(), Workload())
-    assert not attempt(*given, streaming=True, split=False).fits_whole
+    assert not attempt(*given, ONE_CARD).fits_whole
 
 
 def test_on_a_cpu_the_memory_is_the_hosts(published):
     config, sizes = published
     cpu = [DeviceBudget("cpu", 10**15, Rate(1e12), Rate(50e9))]
     host = HostBudget(0, 100 * GIB, disk=NO_DISK)
-    made = plan(config, sizes["fp8"], cpu, host, Workload(), streaming=True, split=False)
+    made = plan(config, sizes["fp8"], cpu, host, Workload(), ONE_CARD)
     check(made, config, sizes["fp8"], cpu, host, Workload())
     assert made.streamed_share == 0
     with pytest.raises(OutOfBudgetError, match="more of RAM"):
-        plan(config, sizes["bf16"], cpu, host, Workload(), streaming=True, split=False)
+        plan(config, sizes["bf16"], cpu, host, Workload(), ONE_CARD)
     from_disk = replace(host, disk=Rate(3e9))
-    made = plan(config, sizes["bf16"], cpu, from_disk, Workload(), streaming=True, split=False)
+    made = plan(config, sizes["bf16"], cpu, from_disk, Workload(), ONE_CARD)
     check(made, config, sizes["bf16"], cpu, from_disk, Workload())
     assert made.disk > 0
     assert made.devices[0].copy_seconds == pytest.approx(made.disk / 3e9)
     with pytest.raises(RequestError, match="CPU"):
-        plan(config, sizes["fp8"], [*cpu, *Machine((24,), 64).devices()], host, Workload(), streaming=True, split=True)
+        plan(
+            config,
+            sizes["fp8"],
+            [*cpu, *Machine((24,), 64).devices()],
+            host,
+            Workload(),
+            ANY,
+        )
 
 
 def test_without_split_the_first_device_works_alone(published):
     config, sizes = published
     machine = Machine((24, 24), 128)
-    made = plan(config, sizes["fp8"], machine.devices(), machine.host(), Workload(), streaming=True, split=False)
+    made = plan(config, sizes["fp8"], machine.devices(), machine.host(), Workload(), ONE_CARD)
     assert [device.name for device in made.devices] == ["cuda:0"]
 
 
@@ -557,8 +569,8 @@ def test_more_cards_are_never_slower_than_the_first_alone(weight_format, cards):
     machine = Machine(cards, 112)
     devices, host, work = machine.devices(), machine.host(), Workload()
     alone, together = (
-        attempt(config, sizes, devices, host, work, streaming=True, split=split) for split in (False, True)
+        attempt(config, sizes, devices, host, work, Freedom(streaming=True, split=split)) for split in (False, True)
     )
     assert together.step_seconds <= alone.step_seconds * 1.02
-    first = attempt(config, sizes, devices, host, work, streaming=True, split=True, least=(1, 0, 0, 0))
+    first = attempt(config, sizes, devices, host, work, replace(ANY, least=(1, 0, 0, 0)))
     assert first.layers[0].device == devices[0].name

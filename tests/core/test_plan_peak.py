@@ -22,7 +22,7 @@ from hunyuan3 import tiny
 from hunyuan3.config import ModelConfig
 from hunyuan3.pipeline import Hunyuan3
 from hunyuan3.placement.budget import DeviceBudget, HostBudget, Rate, Workload
-from hunyuan3.placement.planner import plan
+from hunyuan3.placement.planner import Freedom, plan
 from hunyuan3.plan import sizes_of
 
 torch.set_num_threads(1)
@@ -86,7 +86,7 @@ work = Workload(
     new_tokens=0, dtype=torch.float32, vae_dtype=torch.float32,
 )
 cpu = [DeviceBudget("cpu", 0, Rate(1e12), Rate(50e9))]
-made = plan(config, sizes, cpu, HostBudget(0, 2**40), work, streaming=False, split=False)
+made = plan(config, sizes, cpu, HostBudget(0, 2**40), work, Freedom(streaming=False, split=False))
 device = made.devices[0]
 print(json.dumps({
     "measured": watch.peak - before, "predicted": device.denoise, "weights": device.weights,
