@@ -23,7 +23,7 @@ from tools.comfy_server import ComfyServer
 from tools.testbed import REPO, say
 from tools.workflows import FOLDER, WORKFLOWS
 
-SIZE = (576, 432)
+SIZE = (512, 512)  # the browser shows squares
 MARGIN = 24
 PAPER, INK = (236, 236, 240), (40, 40, 48)
 
@@ -86,7 +86,7 @@ def thumbnail(loaded: Sequence, saved: Sequence, answer: str):
     page = Image.new("RGB", SIZE, PAPER)
     width, height = SIZE
     if answer:
-        side = height * 5 // 9
+        side = height // 2
         _paste(page, loaded[0], (MARGIN, MARGIN, side, side))
         pen = ImageDraw.Draw(page)
         font = ImageFont.load_default(24)
