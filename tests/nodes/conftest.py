@@ -9,12 +9,13 @@ import asyncio
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from tools import testbed
 from tools.comfy_server import MODELS, PACKAGE, ComfyServer
@@ -97,3 +98,40 @@ def _load_package(folder: Path, name: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def mm(comfy_pack: ComfyPack) -> ModuleType:
+    """ComfyUI's memory manager."""
+    import comfy.model_management as mm
+
+    return mm
+
+
+@pytest.fixture
+def stand_in_cards(mm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Makes the memory manager believe in made-up cards, and hold nothing.
+
+    Called with `get_free_memory`, `get_total_memory`, the first card, and what it keeps free beside its own minimum.
+    """
+
+    def believe(
+        free: Callable[..., Any], total: Callable[..., int], first: torch.device, reserved: int | None = None
+    ) -> None:
+        believed = {
+            "get_free_memory": free,
+            "get_total_memory": total,
+            "get_torch_device": lambda: first,
+            "is_device_cpu": lambda device: device == torch.device("cpu"),
+            "vram_state": mm.VRAMState.NORMAL_VRAM,
+            "lowvram_available": True,
+            "MIN_WEIGHT_MEMORY_RATIO": 0.0,  # as for a card of NVIDIA's
+            "EXTRA_RESERVED_VRAM": mm.EXTRA_RESERVED_VRAM if reserved is None else reserved,
+            "current_loaded_models": [],
+            "soft_empty_cache": lambda *_a, **_k: None,
+        }
+        for name, value in believed.items():
+            monkeypatch.setattr(mm, name, value)
+
+    yield believe
+    mm.current_loaded_models.clear()

@@ -208,27 +208,11 @@ def files_are_read_unwatched(comfy_pack: ComfyPack) -> Iterator[None]:
 
 
 @pytest.fixture
-def mm(comfy_pack: ComfyPack) -> types.ModuleType:
-    import comfy.model_management as mm
-
-    return mm
-
-
-@pytest.fixture
-def card(mm: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+def card(stand_in_cards: Callable[..., None]) -> Card:
     """As in test_eviction.py: a card and a host with room, and a memory manager that believes in them."""
     card = Card()
-    monkeypatch.setattr(mm, "get_free_memory", card.free)
-    monkeypatch.setattr(mm, "get_total_memory", lambda *_a, **_k: card.total)
-    monkeypatch.setattr(mm, "get_torch_device", lambda: CARD)
-    monkeypatch.setattr(mm, "is_device_cpu", lambda device: device == HOST)
-    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
-    monkeypatch.setattr(mm, "lowvram_available", True)
-    monkeypatch.setattr(mm, "MIN_WEIGHT_MEMORY_RATIO", 0.0)  # as for a card of NVIDIA's
-    monkeypatch.setattr(mm, "current_loaded_models", [])
-    monkeypatch.setattr(mm, "soft_empty_cache", lambda *_a, **_k: None)
-    yield card
-    mm.current_loaded_models.clear()
+    stand_in_cards(card.free, lambda *_a, **_k: card.total, CARD)
+    return card
 
 
 @pytest.fixture

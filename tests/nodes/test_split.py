@@ -9,7 +9,7 @@ import io
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,27 +78,10 @@ class Other:
 
 
 @pytest.fixture
-def mm(comfy_pack: ComfyPack) -> types.ModuleType:
-    import comfy.model_management as mm
-
-    return mm
-
-
-@pytest.fixture
-def cards(mm: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cards]:
+def cards(stand_in_cards: Callable[..., None]) -> Cards:
     cards = Cards()
-    monkeypatch.setattr(mm, "get_free_memory", cards.free)
-    monkeypatch.setattr(mm, "get_total_memory", lambda device=None, **_k: cards.total.get(device, ROOMY))
-    monkeypatch.setattr(mm, "get_torch_device", lambda: FIRST)
-    monkeypatch.setattr(mm, "is_device_cpu", lambda device: device == HOST)
-    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
-    monkeypatch.setattr(mm, "lowvram_available", True)
-    monkeypatch.setattr(mm, "MIN_WEIGHT_MEMORY_RATIO", 0.0)
-    monkeypatch.setattr(mm, "EXTRA_RESERVED_VRAM", RESERVED)
-    monkeypatch.setattr(mm, "current_loaded_models", [])
-    monkeypatch.setattr(mm, "soft_empty_cache", lambda *_a, **_k: None)
-    yield cards
-    mm.current_loaded_models.clear()
+    stand_in_cards(cards.free, lambda device=None, **_k: cards.total.get(device, ROOMY), FIRST, RESERVED)
+    return cards
 
 
 class Opened:
