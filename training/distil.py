@@ -46,7 +46,7 @@ class DistilStage(TransformerStage):
 
     def __init__(self, config: DistilStageConfig, teacher: TransformerStage) -> None:
         """teacher: a stage with the weights to begin with, and to learn from."""
-        super().__init__(config, teacher.tokenizer, teacher.vae_state, teacher.scaling, teacher.compute)
+        super().__init__(config, teacher.tokenizer, teacher.vae_state, teacher.scaling, teacher.compute, teacher.crew)
         self.teacher = teacher
 
     def _flow(

@@ -7,6 +7,8 @@
     python -m training.run compact --state instruct.pt --out instruct-compact.pt
     python -m training.run export --state instruct.pt --out checkpoints/hunyuan3-tiny-instruct
 
+    torchrun --standalone --nproc-per-node 2 -m training.run instruct ...    # the transformer's stages on two cores
+
 The run may be killed at any time: it goes on from the last state that was written. A line of averages is added to a
 CSV beside the state every half minute.
 """
@@ -23,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from tokenizers import Tokenizer
 
+from .crew import Crew
 from .distil import DistilStage, DistilStageConfig
 from .finished import start_of
 from .lessons import Curriculum
@@ -52,8 +55,12 @@ class Stage(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
-def train(stage: Stage, path: Path, minutes: float) -> None:
-    """Steps until the stage or the time is over, whichever comes first, and leaves the state in `path`."""
+def train(stage: Stage, path: Path, minutes: float, crew: Crew | None = None) -> None:
+    """Steps until the stage or the time is over, whichever comes first, and leaves the state in `path`.
+
+    Of a crew only the first process writes, and its clock counts.
+    """
+    crew = crew or Crew()
     seconds = 0.0
     if path.exists():
         saved = load_state(path)
@@ -62,15 +69,19 @@ def train(stage: Stage, path: Path, minutes: float) -> None:
         _log.info("%s: goes on from step %d", stage.name, stage.done)
     started = last = saved_at = time.monotonic()
     records: list[dict[str, float]] = []
-    while stage.done < stage.config.steps and time.monotonic() - started < 60 * minutes:
+    while stage.done < stage.config.steps and crew.agreed(time.monotonic() - started < 60 * minutes):
         records.append(stage.step())
         now = time.monotonic()
+        if crew.rank:
+            continue
         if now - last >= LOG_SECONDS:
             _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
             records, last = [], now
         if now - saved_at >= SAVE_SECONDS:
             save_state(path, {"stage": stage.state(), "seconds": seconds + now - started})
             saved_at = now
+    if crew.rank:
+        return
     now = time.monotonic()
     if records:
         _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
@@ -93,32 +104,36 @@ def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str
 
 
 INSTRUCT = TransformerStageConfig(
-    curriculum=Curriculum(edits=0.3, fusions=0.06, questions=0.15, complete=0.5, rewritten=0.3, thought=0.15),
+    curriculum=Curriculum(edits=0.5, fusions=0.06, questions=0.2, complete=0.5, rewritten=0.3, thought=0.15),
     steps=5000,
-    repeats=3,
-    shift=3.0,
-    uniform=0.3,
+    lessons=32768,
+    repeats=8,
     seed=1,
 )
 
 
-def transformer_stage(config: TransformerStageConfig, state: Path, vae: Path | None = None) -> TransformerStage:
+def transformer_stage(
+    config: TransformerStageConfig, state: Path, vae: Path | None = None, crew: Crew | None = None
+) -> TransformerStage:
     """A stage beside the VAE that its state file brings; where there is none, beside that of the first stage's file."""
     if state.exists():
-        return _stage_of(config, load_state(state)["stage"])
+        return _stage_of(config, load_state(state)["stage"], crew)
     if vae is None or not vae.exists():
         raise SystemExit("A new transformer needs --start, the state of the VAE's stage.")
-    return TransformerStage(config, train_tokenizer(), load_state(vae)["stage"]["optimiser"]["average"])
+    average = load_state(vae)["stage"]["optimiser"]["average"]
+    return TransformerStage(config, train_tokenizer(), average, crew=crew)
 
 
-def instruct_stage(config: TransformerStageConfig, state: Path, start: Path | None) -> TransformerStage:
+def instruct_stage(
+    config: TransformerStageConfig, state: Path, start: Path | None, crew: Crew | None = None
+) -> TransformerStage:
     """The third stage; where it has no state file, it starts from the averaged weights of the second stage."""
     if state.exists():
-        return transformer_stage(config, state)
+        return transformer_stage(config, state, crew=crew)
     if start is None or not start.exists():
         raise SystemExit("A new instruct stage needs --start, the state or the folder of the transformer's stage.")
     before = start_of(start)
-    stage = _stage_of(config, before)
+    stage = _stage_of(config, before, crew)
     stage.start_from(before)
     return stage
 
@@ -126,20 +141,21 @@ def instruct_stage(config: TransformerStageConfig, state: Path, start: Path | No
 DISTIL = DistilStageConfig(curriculum=INSTRUCT.curriculum, shift=4.0, seed=2)
 
 
-def distil_stage(config: DistilStageConfig, start: Path | None) -> DistilStage:
+def distil_stage(config: DistilStageConfig, start: Path | None, crew: Crew | None = None) -> DistilStage:
     """The fourth stage, beside its teacher, which no state file holds."""
     if start is None or not start.exists():
         raise SystemExit("The distil stage needs --start, the state or the folder of its teacher, every time.")
     before = start_of(start)
-    teacher = _stage_of(TransformerStageConfig(), before)
+    teacher = _stage_of(TransformerStageConfig(), before, crew)
     teacher.start_from(before)
     stage = DistilStage(config, teacher)
     stage.start_from(before)
     return stage
 
 
-def _stage_of(config: TransformerStageConfig, saved: Mapping[str, Any]) -> TransformerStage:
-    return TransformerStage(config, Tokenizer.from_str(saved["tokenizer"]), saved["vae"], tuple(saved["scaling"]))
+def _stage_of(config: TransformerStageConfig, saved: Mapping[str, Any], crew: Crew | None = None) -> TransformerStage:
+    tokenizer = Tokenizer.from_str(saved["tokenizer"])
+    return TransformerStage(config, tokenizer, saved["vae"], tuple(saved["scaling"]), crew=crew)
 
 
 def main() -> None:
@@ -160,12 +176,16 @@ def main() -> None:
     match args.stage:
         case "vae":
             train(VAEStage(replace(VAEStageConfig(), **steps)), state, args.minutes)
-        case "transformer":
-            train(transformer_stage(replace(TransformerStageConfig(), **steps), state, args.start), state, args.minutes)
-        case "instruct":
-            train(instruct_stage(replace(INSTRUCT, **steps), state, args.start), state, args.minutes)
-        case "distil":
-            train(distil_stage(replace(DISTIL, **steps), args.start), state, args.minutes)
+        case "transformer" | "instruct" | "distil":
+            crew = Crew.joined()
+            match args.stage:
+                case "transformer":
+                    stage = transformer_stage(replace(TransformerStageConfig(), **steps), state, args.start, crew)
+                case "instruct":
+                    stage = instruct_stage(replace(INSTRUCT, **steps), state, args.start, crew)
+                case _:
+                    stage = distil_stage(replace(DISTIL, **steps), args.start, crew)
+            train(stage, state, args.minutes, crew)
         case _ if args.out is None or not state.exists():
             raise SystemExit("--state and --out say what to read, and what to write.")
         case "compact":

@@ -18,6 +18,7 @@ from hunyuan3.moe.layer import MoELayer
 from hunyuan3.transformer.model import Hunyuan3Transformer
 
 from .attention import attend_products
+from .crew import Crew
 from .draw import draw
 from .experts import Balance, run_experts
 from .export import Sizes, config_json, write_folder
@@ -99,10 +100,15 @@ class TransformerStage:
         vae_state: Mapping[str, torch.Tensor],
         scaling: tuple[float, float] | None = None,
         compute: torch.dtype = torch.bfloat16,
+        crew: Crew | None = None,
     ) -> None:
-        """vae_state: of a `FlatVAE`. scaling: (shift, scaling) of its latents, measured where it is None."""
+        """vae_state: of a `FlatVAE`. scaling: (shift, scaling) of its latents, measured where it is None.
+
+        crew: the processes that train together; None for this one alone.
+        """
         self.config = config
         self.compute = compute
+        self.crew = crew or Crew()
         self.tokenizer = tokenizer
         self.vae_state = {name: tensor.to(torch.bfloat16) for name, tensor in vae_state.items()}
         self.vae = FlatVAE(TINY_VAE, compute).requires_grad_(False)
@@ -122,14 +128,14 @@ class TransformerStage:
         self._epoch: Epoch | None = None
 
     def step(self) -> dict[str, float]:
-        """One update; returns what the log records."""
+        """One update; returns what the log records, of this process's rows."""
         config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.done)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.done + self.crew.rank * 10**12)
         epoch = self._current_epoch()
         rows = self._rows(epoch)
         rng = random.Random(f"rows:{config.seed}:{self.done}")
         dropped = [rng.random() < config.dropout for _ in rows]
-        batch = collate(rows, self.folder.tokens, dropped)
+        batch = collate(self.crew.share(rows), self.folder.tokens, self.crew.share(dropped))
         shown = [self._shown(epoch, batch, place, generator) for place in range(len(batch.lessons[0].inputs))]
         read = JointPass(self.model, self.vision, batch, shown)
         record: dict[str, float] = {}
@@ -143,6 +149,7 @@ class TransformerStage:
             loss = loss + config.words * words
             record["answer" if batch.lessons[0].scene is None else "words"] = words.item()
         loss.backward()
+        self.crew.average(self.optimiser.parameters.values())
         record["norm"] = self.optimiser.step(trapezoid(self.done, config.steps, config.warmup, config.decay_share))
         self.done += 1
         return record
@@ -160,7 +167,7 @@ class TransformerStage:
     def _samples(self, batch: Batch) -> int:
         """How many noise levels each row of a batch sees: more, to a limit, where there are fewer rows."""
         config = self.config
-        return min(2 * config.samples, config.rows * config.samples // len(batch.ids))
+        return min(2 * config.samples, config.rows * config.samples // (len(batch.ids) * self.crew.size))
 
     def _clean(self, epoch: Epoch, batch: Batch, samples: int) -> torch.Tensor:
         """(R * samples, C, h, w) float32: the latents to be drawn, scaled."""
@@ -225,8 +232,8 @@ class TransformerStage:
         scenes, lessons = make_lessons(rng, config.lessons, config.curriculum)
         rows = (lay_out(self.folder, lesson, scenes) for lesson in lessons)
         batches = in_batches(rows, config.rows, max(1, config.rows // 4), rng)
-        latents = encode_scenes(self.vae, self.vae_config, scenes)
-        return Epoch(number, first, scenes, latents, tuple(batches))
+        latents = self.crew.gathered(encode_scenes(self.vae, self.vae_config, self.crew.share(scenes)))
+        return Epoch(number, first, scenes, tuple(latents), tuple(batches))
 
     def _rows(self, epoch: Epoch) -> list[Row]:
         """This step's rows. Each time through, the batches come in another order."""

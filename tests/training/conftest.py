@@ -29,6 +29,11 @@ _ALIKE = ("sizes", "steps", "warmup", "rows", "samples", "lessons")
 
 @pytest.fixture(scope="session")
 def vocabulary() -> Tokenizer:
+    return bytes_vocabulary()
+
+
+def bytes_vocabulary() -> Tokenizer:
+    """Bytes and control tokens, no merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
