@@ -140,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="of noise and sampled words; the tasks stay the same")
     add("--steps", type=int, default=0, help="0: the checkpoint's own default")
     add("--guidance", type=float, default=0.0, help="0: the checkpoint's own default")
+    add("--shift", type=float, default=0.0, help="of the noise levels; 0: the checkpoint's own default")
     add("--taylor", type=int, default=0, help="compute every so many steps, extrapolate between (default: all)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--format", choices=("auto", *FORMATS), default="auto", help="how the large matrices are stored")
@@ -149,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = Hunyuan3.open(args.model, device=args.device, format=args.format)
         taylor = TaylorOptions(interval=args.taylor) if args.taylor else None
-        candidate = Candidate(model, {"steps": args.steps, "guidance": args.guidance, "taylor": taylor}, args.seed)
+        sampling = {"steps": args.steps, "guidance": args.guidance, "shift": args.shift, "taylor": taylor}
+        candidate = Candidate(model, sampling, args.seed)
         if args.vae:
             print(_score_vae(candidate))
             return 0
