@@ -1,9 +1,10 @@
 """Trains a stage for some minutes, from where its state file left off.
 
     python -m training.run vae --minutes 60 --state vae.pt
-    python -m training.run transformer --minutes 60 --state transformer.pt --start vae.pt
-    python -m training.run instruct --minutes 60 --state instruct.pt --start transformer.pt
-    python -m training.run distil --minutes 60 --state distil.pt --start checkpoints/hunyuan3-tiny-instruct
+    python -m training.run transformer --minutes 60 --state transformer.pt --from vae.pt
+    python -m training.run instruct --minutes 60 --state instruct.pt --from transformer.pt
+    python -m training.run polish --minutes 60 --state polish.pt --from instruct.pt
+    python -m training.run distil --minutes 60 --state distil.pt --from checkpoints/hunyuan3-tiny-instruct
     python -m training.run compact --state instruct.pt --out instruct-compact.pt
     python -m training.run export --state instruct.pt --out checkpoints/hunyuan3-tiny-instruct
 
@@ -29,6 +30,7 @@ from .crew import Crew
 from .distil import DistilStage, DistilStageConfig
 from .finished import start_of
 from .lessons import Curriculum
+from .optimiser import OptimiserConfig
 from .state import compact, load_state, save_state
 from .tokenizer import train_tokenizer
 from .transformer import TransformerStage, TransformerStageConfig
@@ -111,6 +113,19 @@ INSTRUCT = TransformerStageConfig(
     seed=1,
 )
 
+POLISH = TransformerStageConfig(
+    curriculum=Curriculum(edits=0.3, fusions=0.06, questions=0.14, complete=0.5, rewritten=0.3, thought=0.15),
+    optimiser=OptimiserConfig(rate=7.5e-4, muon_rate=1.5e-3, ema=0.995),
+    steps=700,
+    warmup=30,
+    decay_share=0.8,
+    lessons=16384,
+    repeats=3,
+    shift=1.5,
+    uniform=0.5,
+    seed=3,
+)
+
 
 def transformer_stage(
     config: TransformerStageConfig, state: Path, vae: Path | None = None, crew: Crew | None = None
@@ -119,7 +134,7 @@ def transformer_stage(
     if state.exists():
         return _stage_of(config, load_state(state)["stage"], crew)
     if vae is None or not vae.exists():
-        raise SystemExit("A new transformer needs --start, the state of the VAE's stage.")
+        raise SystemExit("A new transformer needs --from, the state of the VAE's stage.")
     average = load_state(vae)["stage"]["optimiser"]["average"]
     return TransformerStage(config, train_tokenizer(), average, crew=crew)
 
@@ -127,11 +142,11 @@ def transformer_stage(
 def instruct_stage(
     config: TransformerStageConfig, state: Path, start: Path | None, crew: Crew | None = None
 ) -> TransformerStage:
-    """The third stage; where it has no state file, it starts from the averaged weights of the second stage."""
+    """The third stage, or its end; without a state file it starts from the averaged weights of the one before."""
     if state.exists():
         return transformer_stage(config, state, crew=crew)
     if start is None or not start.exists():
-        raise SystemExit("A new instruct stage needs --start, the state or the folder of the transformer's stage.")
+        raise SystemExit("A new stage needs --from, the state or the folder of the one before.")
     before = start_of(start)
     stage = _stage_of(config, before, crew)
     stage.start_from(before)
@@ -144,7 +159,7 @@ DISTIL = DistilStageConfig(curriculum=INSTRUCT.curriculum, shift=4.0, seed=2)
 def distil_stage(config: DistilStageConfig, start: Path | None, crew: Crew | None = None) -> DistilStage:
     """The fourth stage, beside its teacher, which no state file holds."""
     if start is None or not start.exists():
-        raise SystemExit("The distil stage needs --start, the state or the folder of its teacher, every time.")
+        raise SystemExit("The distil stage needs --from, the state or the folder of its teacher, every time.")
     before = start_of(start)
     teacher = _stage_of(TransformerStageConfig(), before, crew)
     teacher.start_from(before)
@@ -160,10 +175,10 @@ def _stage_of(config: TransformerStageConfig, saved: Mapping[str, Any], crew: Cr
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.run", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("vae", "transformer", "instruct", "distil", "compact", "export"))
+    parser.add_argument("stage", choices=("vae", "transformer", "instruct", "polish", "distil", "compact", "export"))
     parser.add_argument("--minutes", type=float, default=60.0, help="after which to stop and save")
     parser.add_argument("--state", type=Path, help="state file (default: STAGE.pt); its log lies beside it")
-    parser.add_argument("--start", type=Path, help="the state of the stage before, or its folder, where one begins")
+    parser.add_argument("--from", dest="start", type=Path, help="state or folder of the stage before, where one begins")
     parser.add_argument("--out", type=Path, help="what to write: a state, or a folder")
     parser.add_argument("--steps", type=int, default=0, help="of the whole stage, for its schedule (0: its config's)")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
@@ -176,13 +191,14 @@ def main() -> None:
     match args.stage:
         case "vae":
             train(VAEStage(replace(VAEStageConfig(), **steps)), state, args.minutes)
-        case "transformer" | "instruct" | "distil":
+        case "transformer" | "instruct" | "polish" | "distil":
             crew = Crew.joined()
             match args.stage:
                 case "transformer":
                     stage = transformer_stage(replace(TransformerStageConfig(), **steps), state, args.start, crew)
-                case "instruct":
-                    stage = instruct_stage(replace(INSTRUCT, **steps), state, args.start, crew)
+                case "instruct" | "polish":
+                    config = INSTRUCT if args.stage == "instruct" else POLISH
+                    stage = instruct_stage(replace(config, **steps), state, args.start, crew)
                 case _:
                     stage = distil_stage(replace(DISTIL, **steps), args.start, crew)
             train(stage, state, args.minutes, crew)

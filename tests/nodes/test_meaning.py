@@ -1,4 +1,4 @@
-"""The trained tiny checkpoint in a real ComfyUI: pictures and words that mean what was asked, by a detector that uses
+"""The trained tiny checkpoints in a real ComfyUI: pictures and words that mean what was asked, by a detector that uses
 no network (training/detect.py).
 
 Seeds are fixed. What is asked for is bounded by what the model card says it can do, generously.
@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tools.comfy_server import ComfyServer, with_inputs
 from tools.testbed import REPO
 from training.detect import Found, detect
+from training.draw import draw, draw_array
+from training.marks import preservation
+from training.scene import Background, Object, Scene
 
 pytestmark = pytest.mark.comfy
 
@@ -35,26 +41,48 @@ ASKED = (  # one object each: (prompt, colour, shape)
 
 @pytest.fixture(scope="module")
 def server(comfyui: Path) -> Iterator[ComfyServer]:
-    import sys
-
     with ComfyServer(comfyui, Path(sys.executable), checkpoints={TRAINED.name: TRAINED}) as server:
         yield server
 
 
-def run(server: ComfyServer, name: str, **inputs: dict[str, Any]) -> tuple[dict[str, Any], Found]:
-    """(outputs by node type, what the picture shows) of a shipped workflow with some inputs replaced."""
+@dataclass(frozen=True)
+class Ran:
+    """What a workflow gave: the text of the node that writes, "" where none does, and the picture, if one was drawn."""
+
+    text: str
+    picture: np.ndarray | None
+
+    @property
+    def found(self) -> Found:
+        assert self.picture is not None
+        return detect(Image.fromarray(self.picture))
+
+
+def run(server: ComfyServer, name: str, *scenes: Scene, **inputs: dict[str, Any]) -> Ran:
+    """Runs a shipped workflow that loads `scenes`, with some inputs replaced: {node class: {input: value}}."""
     prompt = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     prompt = with_inputs(prompt, {"Hunyuan3Loader": {"checkpoint": TRAINED.name}, **inputs})
+    loading = [node for node in prompt.values() if node["class_type"] == "LoadImage"]
+    for index, (node, scene) in enumerate(zip(loading, scenes, strict=True)):
+        file = f"{name}_{index}.png"
+        draw(scene).save(server.base / "input" / file)
+        node["inputs"]["image"] = file
     outputs = server.queue(prompt)
     by_type = {prompt[number]["class_type"]: output for number, output in outputs.items()}
-    (image,) = by_type["SaveImage"]["images"]
-    return by_type, detect(Image.open(io.BytesIO(server.view(**image))).convert("RGB"))
+    texts = [text for kind in ("Hunyuan3Think", "Hunyuan3Ask") for text in by_type.get(kind, {"text": []})["text"]]
+    (image,) = by_type.get("SaveImage", {"images": [None]})["images"]
+    picture = None if image is None else np.array(Image.open(io.BytesIO(server.view(**image))).convert("RGB"))
+    return Ran("".join(texts), picture)
+
+
+def scene(background: str, *objects: Object) -> Scene:
+    """Objects on a plain background, as large as the model's own square."""
+    return Scene(128, 128, Background("plain", background), objects)
 
 
 def drawn(server: ComfyServer, text: str, seed: int = 1) -> Found:
     wanted = {"prompt": text, "width": 128, "height": 128}
-    found = run(server, "text_to_image_instruct", Hunyuan3Conditioning=wanted, Hunyuan3Sampler={"seed": seed})
-    return found[1]
+    return run(server, "text_to_image_instruct", Hunyuan3Conditioning=wanted, Hunyuan3Sampler={"seed": seed}).found
 
 
 def test_drawings_show_what_was_asked_for(server: ComfyServer):
@@ -73,20 +101,108 @@ def test_the_background_is_the_one_asked_for(server: ComfyServer):
         assert (background.kind, background.colour) == ("plain", colour)
 
 
-def test_a_rewrite_names_what_was_asked_for_and_is_drawn(server: ComfyServer):
-    outputs, found = run(
+@pytest.mark.parametrize("task", ["recaption", "think_recaption"])
+def test_what_is_written_names_what_was_asked_for_and_is_drawn(server: ComfyServer, task: str):
+    ran = run(
         server,
         "think_and_draw",
         PrimitiveStringMultiline={"value": "a red circle"},
-        Hunyuan3Think={"task": "recaption", "max_new_tokens": 160, "seed": 1},
+        Hunyuan3Think={"task": task, "seed": 1},
         Hunyuan3Sampler={"seed": 1},
     )
-    (text,) = outputs["Hunyuan3Think"]["text"]
-    assert "<recaption>" in text
-    assert "red" in text
-    assert "circle" in text
-    assert found.objects[0].colour == "red"
-    assert found.objects[0].shape == "circle"
+    thought, _, rewritten = ran.text.rpartition("<recaption>")
+    assert ("<think>" in thought) == (task == "think_recaption")
+    for text in (thought, rewritten) if "<think>" in thought else (rewritten,):
+        assert "red" in text
+        assert "circle" in text.lower()
+    assert ran.found.objects[0].colour == "red"
+    assert ran.found.objects[0].shape == "circle"
+
+
+CIRCLE = Object("circle", "red", 64, 64, 48)
+ONE = scene("yellow", CIRCLE)
+EDITED = (  # (what is asked, what becomes of ONE)
+    ("Turn the circle blue.", scene("yellow", replace(CIRCLE, colour="blue"))),
+    ("Make the circle green.", scene("yellow", replace(CIRCLE, colour="green"))),
+    ("Change the background to a plain white background.", scene("white", CIRCLE)),
+)
+
+
+def test_an_edit_changes_what_was_asked_for_and_leaves_the_rest(server: ComfyServer):
+    right = 0
+    for text, expected in EDITED:
+        ran = run(
+            server,
+            "edit_picture",
+            ONE,
+            PrimitiveStringMultiline={"value": text},
+            Hunyuan3Think={"task": "recaption", "seed": 1},
+            Hunyuan3Sampler={"seed": 1},
+        )
+        assert ran.picture is not None
+        assert ran.picture.shape == (128, 128, 3)  # that of the picture
+        assert preservation(draw_array(ONE), draw_array(expected), ran.picture) > 0.8
+        (item,) = expected.objects
+        right += [(found.colour, found.shape) for found in ran.found.objects] == [(item.colour, item.shape)] and (
+            ran.found.background.colour == expected.background.colour
+        )
+    assert right >= len(EDITED) - 1
+
+
+FUSED = (  # (shape of the first picture, colour of the second, background of the third)
+    ("star", "blue", "green"),
+    ("triangle", "blue", "green"),
+    ("heart", "red", "white"),
+    ("circle", "orange", "blue"),
+)
+
+
+def test_fusion_takes_something_of_each_of_three_pictures(server: ComfyServer):
+    right = 0
+    for shape, colour, background in FUSED:
+        found = run(
+            server,
+            "fuse_three",
+            scene("pink", Object(shape, "purple", 64, 64, 68)),
+            scene("yellow", Object("square", colour, 64, 64, 60)),
+            scene(background, Object("ring", "black", 64, 64, 60)),
+            PrimitiveStringMultiline={"value": "Draw the first shape in the second color on the third background."},
+            Hunyuan3Think={"task": "recaption", "seed": 1},
+            Hunyuan3Sampler={"seed": 1},
+        ).found
+        assert (found.background.kind, found.background.colour) == ("plain", background)
+        right += (found.objects[0].colour, found.objects[0].shape) == (colour, shape)
+    assert right >= len(FUSED) - 1
+
+
+PAIR = scene("white", Object("circle", "red", 24, 64, 44), Object("square", "purple", 104, 64, 44))
+THREE = scene(
+    "white",
+    Object("circle", "red", 24, 24, 44),
+    Object("circle", "blue", 104, 24, 44),
+    Object("star", "green", 64, 104, 44),
+)
+QUESTIONS = (  # (what is asked, of what, the answer)
+    ("How many objects are there?", PAIR, "Two."),
+    ("How many objects are there?", THREE, "Three."),
+    ("How many objects are there?", scene("yellow", Object("heart", "red", 64, 64, 60)), "One."),
+    ("How many circles are there?", THREE, "Two."),
+    ("What color is the star?", scene("white", Object("star", "green", 64, 64, 44)), "Green."),
+    ("What color is the square?", scene("blue", Object("square", "orange", 64, 64, 44)), "Orange."),
+    ("Where is the circle?", scene("pink", Object("circle", "black", 24, 24, 44)), "At the top left."),
+    ("Where is the star?", scene("white", Object("star", "red", 64, 104, 44)), "At the bottom."),
+    ("What is at the top left?", scene("white", Object("triangle", "blue", 24, 24, 44)), "A blue triangle."),
+    ("What is in the middle?", scene("white", Object("ring", "purple", 64, 64, 44)), "A purple ring."),
+)
+
+
+def test_questions_are_answered(server: ComfyServer):
+    answers = [
+        run(server, "ask_picture", picture, Hunyuan3Ask={"prompt": text, "seed": 1}).text
+        for text, picture, _ in QUESTIONS
+    ]
+    right = [answer.strip() == expected for answer, (*_, expected) in zip(answers, QUESTIONS, strict=True)]
+    assert sum(right) >= len(right) - 2, answers
 
 
 def test_a_seed_gives_the_same_picture_again(server: ComfyServer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,19 @@ def test_page_format_has_only_what_the_nodes_have(object_info: dict[str, Any], n
 
 def test_comfyui_offers_the_workflows_as_templates(server: ComfyServer):
     assert set(server.get("/workflow_templates")[PACKAGE]) == set(shipped.NAMES)
+
+
+@pytest.mark.parametrize("name", shipped.NAMES)
+def test_each_template_has_a_picture(server: ComfyServer, name: str):
+    """Served where the template browser looks for it; a square that shows something."""
+    with urllib.request.urlopen(f"{server.url}/api/workflow_templates/{PACKAGE}/{name}.jpg", timeout=30) as answer:
+        picture = Image.open(io.BytesIO(answer.read()))
+    assert picture.width == picture.height >= 256
+    assert len(picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=8).getcolors()) > 2
+
+
+def test_there_is_no_picture_without_a_workflow():
+    assert {path.stem for path in workflows.FOLDER.glob("*.jpg")} == set(shipped.NAMES)
 
 
 @pytest.mark.parametrize("name", shipped.NAMES)
