@@ -54,9 +54,7 @@ SHOWS = {
     "edit_picture": Show(("Turn the circle blue.",), (_CIRCLE,)),
     "edit_picture_distil": Show(("Turn the circle blue.",), (_CIRCLE,)),
     "fuse_three": Show((_FUSION,), _FUSED, thinks=False),
-    "fuse_three_distil": Show(
-        ("Draw the first shape in the second color on the third background.",), _FUSED, thinks=False
-    ),
+    "fuse_three_distil": Show((_FUSION,), _FUSED, thinks=False),
     "ask_picture": Show(("What does it show?",), (_CIRCLE,)),
     "multi_turn_edit": Show(("a red circle", "Make the circle blue.")),
 }

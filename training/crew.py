@@ -1,11 +1,10 @@
-"""Several processes that train one model: each sees a share of the rows, and gradients are averaged.
+"""Several processes that train one model: each sees a share of the rows, and their gradients are averaged.
 
     torchrun --standalone --nproc-per-node 2 -m training.run instruct ...
 
 On a CPU two processes of one thread each are nearly twice as fast as one process of two threads.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -26,7 +25,7 @@ class Crew:
     @classmethod
     def joined(cls) -> "Crew":
         """The crew that torchrun has started, over its sockets; this process alone where it has not."""
-        if "WORLD_SIZE" not in os.environ:
+        if not dist.is_available() or not dist.is_torchelastic_launched():
             return cls()
         dist.init_process_group("gloo")
         return cls(dist.get_rank(), dist.get_world_size())
@@ -44,10 +43,16 @@ class Crew:
         return [parts[index % self.size][index // self.size] for index in range(sum(map(len, parts)))]
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replaces gradients by their means over the processes, in which the same parameters have one."""
+        """Replaces gradients by their means over the processes; one that only others have counts as zero here."""
         if self.size == 1:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        every = list(parameters)
+        wanted = torch.tensor([parameter.grad is not None for parameter in every], dtype=torch.int32)
+        dist.all_reduce(wanted)
+        for parameter, count in zip(every, wanted.tolist(), strict=True):
+            if count and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in every if parameter.grad is not None]
         flat = torch.cat([gradient.float().flatten() for gradient in gradients]) / self.size
         dist.all_reduce(flat)
         for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):

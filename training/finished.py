@@ -27,6 +27,7 @@ def state_of_folder(folder: Path) -> dict[str, Any]:
     seeing = {f"vision.{name}": tensor for name, tensor in model.vision().state_dict().items()}
     return {
         "tokenizer": Tokenizer.from_file(str(folder / "tokenizer.json")).to_str(),
+        "distilled": model.folder.config.cfg_distilled,
         "scaling": [vae.shift_factor or 0.0, vae.scaling_factor],
         "vae": {name: _flat(tensor) for name, tensor in model.vae().state_dict().items()},
         "optimiser": {"average": {**model.transformer().state_dict(), **seeing}},

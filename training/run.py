@@ -63,6 +63,7 @@ def train(stage: Stage, path: Path, minutes: float, crew: Crew | None = None) ->
     Of a crew only the first process writes, and its clock counts.
     """
     crew = crew or Crew()
+    path.parent.mkdir(parents=True, exist_ok=True)
     seconds = 0.0
     if path.exists():
         saved = load_state(path)
@@ -147,7 +148,7 @@ def instruct_stage(
         return transformer_stage(config, state, crew=crew)
     if start is None or not start.exists():
         raise SystemExit("A new stage needs --from, the state or the folder of the one before.")
-    before = start_of(start)
+    before = _undistilled(start)
     stage = _stage_of(config, before, crew)
     stage.start_from(before)
     return stage
@@ -160,12 +161,19 @@ def distil_stage(config: DistilStageConfig, start: Path | None, crew: Crew | Non
     """The fourth stage, beside its teacher, which no state file holds."""
     if start is None or not start.exists():
         raise SystemExit("The distil stage needs --from, the state or the folder of its teacher, every time.")
-    before = start_of(start)
+    before = _undistilled(start)
     teacher = _stage_of(TransformerStageConfig(), before, crew)
     teacher.start_from(before)
     stage = DistilStage(config, teacher)
     stage.start_from(before)
     return stage
+
+
+def _undistilled(start: Path) -> Mapping[str, Any]:
+    before = start_of(start)
+    if before.get("distilled"):
+        raise SystemExit(f"{start} is a distilled model; --from takes the stage before that.")
+    return before
 
 
 def _stage_of(config: TransformerStageConfig, saved: Mapping[str, Any], crew: Crew | None = None) -> TransformerStage:
@@ -189,6 +197,8 @@ def main() -> None:
     state = args.state or Path(f"{args.stage}.pt")
     steps = {"steps": args.steps} if args.steps else {}
     match args.stage:
+        case "vae" if Crew.joined().size > 1:
+            raise SystemExit("The VAE is trained by one process: start it without torchrun.")
         case "vae":
             train(VAEStage(replace(VAEStageConfig(), **steps)), state, args.minutes)
         case "transformer" | "instruct" | "polish" | "distil":

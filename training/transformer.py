@@ -109,6 +109,8 @@ class TransformerStage:
         self.config = config
         self.compute = compute
         self.crew = crew or Crew()
+        if self.crew.size > max(1, config.rows // 4):  # the rows of the smallest batch
+            raise ValueError(f"{self.crew.size} processes for {config.rows} rows a step; a batch may have a quarter.")
         self.tokenizer = tokenizer
         self.vae_state = {name: tensor.to(torch.bfloat16) for name, tensor in vae_state.items()}
         self.vae = FlatVAE(TINY_VAE, compute).requires_grad_(False)
@@ -167,7 +169,7 @@ class TransformerStage:
     def _samples(self, batch: Batch) -> int:
         """How many noise levels each row of a batch sees: more, to a limit, where there are fewer rows."""
         config = self.config
-        return min(2 * config.samples, config.rows * config.samples // (len(batch.ids) * self.crew.size))
+        return max(1, min(2 * config.samples, config.rows * config.samples // (len(batch.ids) * self.crew.size)))
 
     def _clean(self, epoch: Epoch, batch: Batch, samples: int) -> torch.Tensor:
         """(R * samples, C, h, w) float32: the latents to be drawn, scaled."""

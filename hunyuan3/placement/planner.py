@@ -77,7 +77,8 @@ def attempt(
     """As `plan`, but a refusal is a value.
 
     Layers go to the devices in contiguous runs. Every way to cut them is tried, the one in proportion to the devices'
-    room first, and the fastest taken; with more than three devices only that first one. With `counts` only these.
+    room first, and the fastest taken; with more than three devices that first one, bettered layer by layer. With
+    `counts` only these.
 
     Raises RequestError for counts that are not one per device, or not of as many layers as there are.
     """

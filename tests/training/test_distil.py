@@ -10,14 +10,15 @@ from hunyuan3.generate.denoise import denoise
 from hunyuan3.generate.schedule import Schedule
 from hunyuan3.pipeline import Hunyuan3
 from tests.training.conftest import stir
-from training.distil import DistilStage, GuidedField, mean_velocity, spans
+from training.distil import DistilStage, DistilStageConfig, GuidedField, mean_velocity, spans
 from training.joint import JointPass, Noisy
 from training.lessons import Curriculum, Lesson
 from training.optimiser import OptimiserConfig
 from training.rows import collate, lay_out
+from training.run import distil_stage, instruct_stage
 from training.scene import Background, Object, Scene
 from training.state import load_state, save_state
-from training.transformer import Epoch, shifted
+from training.transformer import Epoch, TransformerStageConfig, shifted
 
 SCENE = Scene(128, 128, Background("plain", "white"), (Object("circle", "green", 64, 64, 48),))
 PROMPTS = ("a red circle", "a blue heart")
@@ -102,6 +103,15 @@ def test_mean_velocity_leads_where_the_flow_leads() -> None:
     grown = latents * exponents.exp()[:, None, None, None]
     reached = latents + (ends - sigmas)[:, None, None, None] * mean_velocity(_Analytic(1, 0), noisy)
     assert ((reached - grown).abs() < (exponents.abs() ** 3 / 5)[:, None, None, None] * latents.abs()).all()
+
+
+def test_a_distilled_model_is_no_beginning(stage: DistilStage, tmp_path: Path) -> None:
+    save_state(tmp_path / "distil.pt", {"stage": stage.state()})
+    for start in (tmp_path / "distil.pt", stage.export(tmp_path / "folder")):
+        with pytest.raises(SystemExit, match="distilled"):
+            distil_stage(DistilStageConfig(), start)
+        with pytest.raises(SystemExit, match="distilled"):
+            instruct_stage(TransformerStageConfig(), tmp_path / "new.pt", start)
 
 
 def test_spans_are_steps_of_schedules() -> None:
