@@ -154,7 +154,7 @@ def instruct_stage(
     return stage
 
 
-DISTIL = DistilStageConfig(curriculum=INSTRUCT.curriculum, shift=4.0, seed=2)
+DISTIL = DistilStageConfig(curriculum=POLISH.curriculum, lessons=16384, repeats=5, seed=2)
 
 
 def distil_stage(config: DistilStageConfig, start: Path | None, crew: Crew | None = None) -> DistilStage:
