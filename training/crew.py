@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 -m training.run instruct ...
 
-On a CPU two processes of one thread each are nearly twice as fast as one process of two threads.
+On two cores of a CPU a step of the instruct stage took 0.95 s with two processes of one thread, 1.5 s with one of two.
 """
 
 from collections.abc import Iterable, Sequence

@@ -73,10 +73,11 @@ def train(stage: Stage, path: Path, minutes: float, crew: Crew | None = None) ->
     started = last = saved_at = time.monotonic()
     records: list[dict[str, float]] = []
     while stage.done < stage.config.steps and crew.agreed(time.monotonic() - started < 60 * minutes):
-        records.append(stage.step())
-        now = time.monotonic()
+        record = stage.step()
         if crew.rank:
             continue
+        records.append(record)
+        now = time.monotonic()
         if now - last >= LOG_SECONDS:
             _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
             records, last = [], now

@@ -19,11 +19,12 @@ import pytest
 from PIL import Image
 
 from tools.comfy_server import ComfyServer, with_inputs
+from tools.showcase import scene
 from tools.testbed import REPO
 from training.detect import Found, detect
 from training.draw import draw, draw_array
 from training.marks import preservation
-from training.scene import Background, Object, Scene
+from training.scene import Object, Scene
 
 pytestmark = pytest.mark.comfy
 
@@ -63,9 +64,9 @@ def run(server: ComfyServer, name: str, *scenes: Scene, **inputs: dict[str, Any]
     prompt = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     prompt = with_inputs(prompt, {"Hunyuan3Loader": {"checkpoint": TRAINED.name}, **inputs})
     loading = [node for node in prompt.values() if node["class_type"] == "LoadImage"]
-    for index, (node, scene) in enumerate(zip(loading, scenes, strict=True)):
+    for index, (node, shown) in enumerate(zip(loading, scenes, strict=True)):
         file = f"{name}_{index}.png"
-        draw(scene).save(server.base / "input" / file)
+        draw(shown).save(server.base / "input" / file)
         node["inputs"]["image"] = file
     outputs = server.queue(prompt)
     by_type = {prompt[number]["class_type"]: output for number, output in outputs.items()}
@@ -73,11 +74,6 @@ def run(server: ComfyServer, name: str, *scenes: Scene, **inputs: dict[str, Any]
     (image,) = by_type.get("SaveImage", {"images": [None]})["images"]
     picture = None if image is None else np.array(Image.open(io.BytesIO(server.view(**image))).convert("RGB"))
     return Ran("".join(texts), picture)
-
-
-def scene(background: str, *objects: Object) -> Scene:
-    """Objects on a plain background, as large as the model's own square."""
-    return Scene(128, 128, Background("plain", background), objects)
 
 
 def drawn(server: ComfyServer, text: str, seed: int = 1) -> Found:
