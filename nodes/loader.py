@@ -17,10 +17,11 @@ from ..hunyuan3.pipeline import Hunyuan3
 from ..hunyuan3.placement.cut import RING_GROUPS as RING_SLOTS
 from ..hunyuan3.placement.split import SplitRequest
 from ..hunyuan3.quant.policy import FORMATS
+from .budget import GIB, Budget
 from .compat import io, require_choice, schema
 from .folders import checkpoint_names, checkpoint_path
 from .io_types import HunyuanModel, ModelHandle
-from .memory import GIB, Budget, PartPatcher
+from .memory import PartPatcher
 from .plan import most_pinned, planned, split_of
 from .progress import NodeProgress
 

@@ -15,9 +15,8 @@ from ..hunyuan3.placement.planner import Freedom, attempt, better, plan
 from ..hunyuan3.placement.split import LayerSplit, SplitRequest
 from ..hunyuan3.plan import rates_of_card, sizes_of
 from ..hunyuan3.quant.policy import FORMATS, storage_of
-from .memory import GIB, Budget, kept_free_on_host, most_free_memory
+from .budget import GIB, HOST, Budget, kept_free_on_host, most_free_memory
 
-_HOST = torch.device("cpu")
 _CPU_COMPUTE, _CPU_MEMORY = 1e12, 50e9  # FLOP/s and bytes/s of an ordinary processor; assumed
 _SMALLER = (1024, 768, 512, 256, 128)  # sides of pictures that are tried where the base size does not fit
 
@@ -145,7 +144,7 @@ def _host(folder: ModelFolder, options: ResolvedOptions, budget: Budget) -> Host
     device = options.device
     if mm.is_device_cpu(device):
         return HostBudget(pinned=0, pageable=_device(device, budget).nbytes, disk=Rate(0.0))
-    free = _most_free(_HOST)
+    free = _most_free(HOST)
     free = max(0.0, free - kept_free_on_host())
     usable = int(free if budget.ram is None else min(free, budget.ram))
     pinned = min(usable, most_pinned()) if device.type == "cuda" else 0
@@ -155,7 +154,7 @@ def _host(folder: ModelFolder, options: ResolvedOptions, budget: Budget) -> Host
 
 def most_pinned() -> int:
     """Bytes of host memory that may be page-locked: half of it, as much as Windows allows."""
-    return int(mm.get_total_memory(_HOST)) // 2
+    return int(mm.get_total_memory(HOST)) // 2
 
 
 def _most_free(device: torch.device) -> float:
@@ -163,4 +162,4 @@ def _most_free(device: torch.device) -> float:
     if not mm.is_device_cpu(device):
         return most_free_memory(device)
     loaded = sum(model.model_loaded_memory() for model in mm.current_loaded_models if mm.is_device_cpu(model.device))
-    return mm.get_free_memory(_HOST) + loaded
+    return mm.get_free_memory(HOST) + loaded

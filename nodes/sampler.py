@@ -10,9 +10,10 @@ from ..hunyuan3.generate.noise import NOISE_SOURCES
 from ..hunyuan3.generate.taylor import TaylorOptions
 from ..hunyuan3.placement.estimate import activation_bytes, cache_bytes
 from ..hunyuan3.run import SamplingRun
+from .budget import Work
 from .compat import io, require_choice, schema
 from .io_types import HunyuanConditioning, HunyuanModel, HunyuanStepCache, ModelHandle
-from .memory import Work, bring_to_device
+from .memory import bring_to_device
 from .out_of_memory import EVERYTHING_ELSE, smaller_weights, with_one_retry
 from .png import note_in_png
 from .preview import PREVIEW_MODES, StepPreviewer, previewer_for

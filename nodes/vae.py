@@ -10,9 +10,10 @@ from ..hunyuan3.errors import OutOfBudgetError
 from ..hunyuan3.placement.estimate import decode_bytes, decode_tile_size
 from ..hunyuan3.run import require_latents
 from ..hunyuan3.types import ImageSize
+from .budget import most_free_memory
 from .compat import io, schema
 from .io_types import HunyuanImages, HunyuanModel, ModelHandle, PictureSet
-from .memory import bring_to_device, most_free_memory
+from .memory import bring_to_device
 from .out_of_memory import EVERYTHING_ELSE, smaller_vae, with_one_retry
 from .progress import NodeProgress, check_cancelled
 

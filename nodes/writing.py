@@ -13,9 +13,10 @@ from ..hunyuan3.pictures import PosteriorMode
 from ..hunyuan3.placement.estimate import activation_bytes, cache_bytes
 from ..hunyuan3.text.system_prompts import CHOICES
 from ..hunyuan3.writing import TextRequest, WritingRun, text_rows
+from .budget import Work
 from .compat import io, require_choice
 from .io_types import Conversation, HunyuanConversation, HunyuanImages, ModelHandle, PictureSet
-from .memory import Work, bring_to_device
+from .memory import bring_to_device
 from .out_of_memory import EVERYTHING_ELSE, smaller_weights, with_one_retry
 from .progress import NodeProgress, check_cancelled
 

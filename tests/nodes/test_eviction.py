@@ -68,7 +68,7 @@ class Opened:
         self.memory = submodule(pack, "nodes.memory")
         options = {"device": CARD, "dtype": "float32", "vae_dtype": "float32", "streaming": streaming, "disk": disk}
         self.core = pipeline.Hunyuan3.open(folder, **options)
-        budget = self.memory.Budget(vram, ram)
+        budget = submodule(pack, "nodes.budget").Budget(vram, ram)
         self.transformer = self.memory.PartPatcher.of(self.core.placed_transformer, self.core.prefixes, budget)
         self.vae = self.memory.PartPatcher.of(self.core.placed_vae, budget=budget)
         card.parts += [self.transformer, self.vae]
@@ -448,39 +448,39 @@ def test_loader_plans_for_the_disk_where_weights_are_used_as_they_are_stored(
     comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path
 ):
     """The published model in bfloat16 on 24 GiB with 64 GiB of RAM: two thirds of it find no place."""
-    planned, memory = submodule(comfy_pack, "nodes.plan").planned, submodule(comfy_pack, "nodes.memory")
+    planned, budget = submodule(comfy_pack, "nodes.plan").planned, submodule(comfy_pack, "nodes.budget")
     folder = submodule(comfy_pack, "hunyuan3.folder").ModelFolder.open(tiny_checkpoint)
     folder = replace(folder, config=submodule(comfy_pack, "hunyuan3.plan").published_config())
     load = submodule(comfy_pack, "hunyuan3.parts").LoadOptions
     card.total, card.host_free = 24 * 2**30, 64 * 2**30
-    plan, text = planned(folder, load(device=CARD, dtype="bfloat16").resolved(), memory.Budget())
+    plan, text = planned(folder, load(device=CARD, dtype="bfloat16").resolved(), budget.Budget())
     assert plan.disk > 60 * 2**30
     assert re.search(r"GiB from disk in every step", text)
     card.host_free = 16 * 2**30
-    with pytest.raises(sys.modules[memory.RequestError.__module__].OutOfBudgetError, match="from a pack"):
-        planned(folder, load(device=CARD, dtype="bfloat16", format="int4").resolved(), memory.Budget())
+    with pytest.raises(budget.OutOfBudgetError, match="from a pack"):
+        planned(folder, load(device=CARD, dtype="bfloat16", format="int4").resolved(), budget.Budget())
 
 
 def test_loader_streams_where_the_card_is_too_small(comfy_pack: ComfyPack, card: Card, tiny_checkpoint: Path):
     """The published model on 24 GiB, as int4, with 64 GiB of RAM; and on 64 GiB."""
-    planned, memory = submodule(comfy_pack, "nodes.plan").planned, submodule(comfy_pack, "nodes.memory")
+    planned, budget = submodule(comfy_pack, "nodes.plan").planned, submodule(comfy_pack, "nodes.budget")
     folder = submodule(comfy_pack, "hunyuan3.folder").ModelFolder.open(tiny_checkpoint)
     folder = replace(folder, config=submodule(comfy_pack, "hunyuan3.plan").published_config())
     options = (
         submodule(comfy_pack, "hunyuan3.parts").LoadOptions(device=CARD, dtype="bfloat16", format="int4").resolved()
     )
     card.total, card.host_free = 24 * 2**30, 64 * 2**30
-    plan, text = planned(folder, options, memory.Budget())
+    plan, text = planned(folder, options, budget.Budget())
     assert not plan.fits_whole
     assert 0.2 < plan.streamed_share < 0.9
     assert "of the experts stay on cpu:0" in text
     assert "in every step" in text
-    smaller, _text = planned(folder, options, memory.Budget(vram=16 * 2**30))
+    smaller, _text = planned(folder, options, budget.Budget(vram=16 * 2**30))
     assert smaller.streamed_share > plan.streamed_share
-    with pytest.raises(sys.modules[memory.RequestError.__module__].OutOfBudgetError, match="host memory"):
-        planned(folder, options, memory.Budget(ram=8 * 2**30))
+    with pytest.raises(budget.OutOfBudgetError, match="host memory"):
+        planned(folder, options, budget.Budget(ram=8 * 2**30))
     card.total = 64 * 2**30
-    plan, text = planned(folder, options, memory.Budget())
+    plan, text = planned(folder, options, budget.Budget())
     assert plan.fits_whole
     assert text.startswith("Everything fits on cpu:0.")
 

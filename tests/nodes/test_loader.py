@@ -55,12 +55,12 @@ def test_what_cannot_run_is_refused_with_numbers(comfy_server: ComfyServer, tiny
 
 
 def test_plan_of_a_smaller_picture_where_the_base_size_does_not_fit(comfy_pack: ComfyPack, tiny_checkpoint: Path):
-    modules = {name: sys.modules[f"{comfy_pack.module.__name__}.{name}"] for name in ("nodes.memory", "nodes.plan")}
+    modules = {name: sys.modules[f"{comfy_pack.module.__name__}.{name}"] for name in ("nodes.budget", "nodes.plan")}
     core = sys.modules[f"{comfy_pack.module.__name__}.hunyuan3.folder"].ModelFolder.open(tiny_checkpoint)
     folder = replace(core, config=replace(core.config, image_base_size=2048))
     options = sys.modules[f"{comfy_pack.module.__name__}.hunyuan3.parts"].LoadOptions(device="cpu").resolved()
     texts = [
-        modules["nodes.plan"].planned(folder, options, modules["nodes.memory"].Budget(ram=mib * 2**20))[1]
+        modules["nodes.plan"].planned(folder, options, modules["nodes.budget"].Budget(ram=mib * 2**20))[1]
         for mib in (8000, 60)
     ]
     assert texts[0].startswith("Everything fits on cpu.")

@@ -98,10 +98,11 @@ class Opened:
         **options: Any,
     ) -> None:
         self.memory = submodule(pack, "nodes.memory")
+        self.budgets = submodule(pack, "nodes.budget")
         split = submodule(pack, "hunyuan3.placement.split").LayerSplit(runs)
         options = {"dtype": "float32", "vae_dtype": "float32", "split": split} | options
         self.core = submodule(pack, "hunyuan3.pipeline").Hunyuan3.open(folder, **options)
-        budget = budget or self.memory.Budget()
+        budget = budget or self.budgets.Budget()
         self.transformer = self.memory.PartPatcher.of(self.core.placed_transformer, self.core.prefixes, budget, split)
         self.vae = self.memory.PartPatcher.of(self.core.placed_vae, budget=budget)
         (self.second,) = self.transformer.beside
@@ -189,7 +190,7 @@ def test_others_make_way_for_the_work_when_the_weights_are_there_already(
 ):
     opened.bring(opened.transformer)
     others = [Other(mm, cards, card, int(cards.free(card)) - 1000) for card in (FIRST, SECOND)]
-    opened.bring(opened.transformer, opened.memory.Work(GIB, GIB))
+    opened.bring(opened.transformer, opened.budgets.Work(GIB, GIB))
     assert [other.nbytes for other in others] == [0, 0]
     assert opened.placed.is_ready
 
@@ -243,7 +244,7 @@ def test_a_full_second_card_is_named_and_nothing_is_left_behind(
 
 def test_the_work_of_each_card_is_kept_free_there(mm: types.ModuleType, cards: Cards, opened: Opened):
     """Keys and values lie with their layers: two thirds of them on the second card."""
-    work = opened.memory.Work(activations=3 * GIB, cache=3 * GIB)
+    work = opened.budgets.Work(activations=3 * GIB, cache=3 * GIB)
     assert (work.on(1 / 3), work.on(2 / 3), work.total) == (4 * GIB, 5 * GIB, 6 * GIB)
     need = opened.placed.total_on(SECOND) + 5 * GIB + int(mm.extra_reserved_memory())
     cards.total[SECOND] = need - 1000
@@ -306,7 +307,7 @@ def test_the_vae_takes_its_turn_on_the_first_card_alone(
     opened.latents()
     second = cards.on(SECOND) - opened.second.kept_bytes()
     cards.total[FIRST] = int(mm.minimum_inference_memory()) + cards.on(FIRST) + GIB
-    opened.bring(opened.vae, int(opened.memory.most_free_memory(FIRST) - opened.vae.model_size()) - 1000)
+    opened.bring(opened.vae, int(opened.budgets.most_free_memory(FIRST) - opened.vae.model_size()) - 1000)
     assert opened.transformer.loaded_size() == 0
     assert cards.on(SECOND) == second
     mm.unload_all_models()
@@ -347,7 +348,7 @@ def test_every_state_of_the_manager_leaves_room_for_the_work(
 ):
     monkeypatch.setattr(mm, "vram_state", getattr(mm.VRAMState, state))
     opened = Opened(comfy_pack, tiny_checkpoint, cards, streaming=3)
-    work = opened.memory.Work(GIB, GIB)
+    work = opened.budgets.Work(GIB, GIB)
     cards.total[SECOND] = opened.second.least_bytes + work.on(2 / 3) + int(mm.extra_reserved_memory()) + 1000
     opened.bring(opened.transformer, work)
     assert opened.placed.is_ready
@@ -365,7 +366,7 @@ def test_a_second_card_without_room_is_noticed_before_the_first_is_read(cards: C
 def test_a_budget_holds_on_each_card(
     comfy_pack: ComfyPack, cards: Cards, tiny_checkpoint: Path, whole_latents: torch.Tensor
 ):
-    budget_of = submodule(comfy_pack, "nodes.memory").Budget
+    budget_of = submodule(comfy_pack, "nodes.budget").Budget
     probe = Opened(comfy_pack, tiny_checkpoint, cards, streaming=3)
     least = probe.second.least_bytes
     half = (probe.placed.total_on(SECOND) - probe.placed.required_on(SECOND)) // 2
@@ -388,7 +389,7 @@ class Planning:
 
     def __init__(self, pack: ComfyPack, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.plan = submodule(pack, "nodes.plan")
-        self.budget = submodule(pack, "nodes.memory").Budget
+        self.budget = submodule(pack, "nodes.budget").Budget
         self.request = submodule(pack, "hunyuan3.placement.split").SplitRequest
         opened = submodule(pack, "hunyuan3.folder").ModelFolder.open(folder)
         self.folder = replace(opened, config=submodule(pack, "hunyuan3.plan").published_config())
