@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from .captions import random_language
 from .marks import Wanted
 from .scene import Scene
-from .words import Language, description
+from .words import COLOUR_WORDS, SHAPE_WORDS, Language, article, background_phrases, description
 from .world import Split, fits, is_held_out, random_scene, split_scene
 
 
@@ -26,6 +26,18 @@ class Fusion:
     def wanted(self) -> Wanted:
         """What the picture must show."""
         return Wanted.whole(self.after)
+
+    @property
+    def summary(self) -> str:
+        """What comes from which picture, in a few words: the thought behind the fusion."""
+        item = self.after.objects[0]
+        shape, colour = SHAPE_WORDS[self.language][item.shape], COLOUR_WORDS[self.language][item.colour]
+        background = background_phrases(self.after.background, self.language)[0] if len(self.inputs) == 3 else ""
+        if self.language == "zh":
+            behind = f"，第三张：{background}" if background else ""
+            return f"第一张：{shape}，第二张：{colour}{behind}。"
+        behind = f" Third picture: {article(background)}." if background else ""
+        return f"First picture: {article(shape)}. Second picture: {colour}.{behind}"
 
     @property
     def rewrite(self) -> str:

@@ -8,7 +8,7 @@ from .captions import random_prompt
 from .edits import random_edit
 from .fusion import random_fusion
 from .questions import random_question
-from .scene import Scene
+from .scene import DIGITS, LETTERS, Scene
 from .thoughts import rewrite, thought
 from .world import split_scene
 
@@ -41,6 +41,7 @@ class Curriculum:
     Attributes:
         edits, fusions, questions: shares of the lessons; the others draw from words alone.
         repeats: prompts for each scene that is drawn from words alone.
+        characters: share of those scenes that show letters and digits in any case; of the others some do.
         complete: share of prompts, of those, that leave neither colour nor place open.
         rewritten: share of drawings with a rewrite before them. thought: with a thought and a rewrite.
         without_system: share of lessons without the system prompt.
@@ -50,6 +51,7 @@ class Curriculum:
     fusions: float = 0.0
     questions: float = 0.0
     repeats: int = 6
+    characters: float = 0.0
     complete: float = 0.7
     rewritten: float = 0.25
     thought: float = 0.05
@@ -86,11 +88,12 @@ def _some(rng: random.Random, curriculum: Curriculum, first: int, system: str) -
         case "fusion":
             fusion = random_fusion(rng, "train")
             last = first + len(fusion.inputs)
-            trace = _trace(rng, curriculum, "", fusion.rewrite)
+            trace = _trace(rng, curriculum, fusion.summary, fusion.rewrite)
             lesson = Lesson(fusion.text, last, tuple(range(first, last)), trace, system_prompt=system)
             return [*fusion.inputs, fusion.after], [lesson]
         case _:
-            scene = split_scene(rng, "train")
+            characters = rng.random() < curriculum.characters
+            scene = split_scene(rng, "train", shapes=LETTERS + DIGITS if characters else None)
             return [scene], list(_drawings(rng, curriculum, scene, first, system))
 
 

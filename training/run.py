@@ -116,16 +116,18 @@ INSTRUCT = TransformerStageConfig(
 )
 
 POLISH = TransformerStageConfig(
-    curriculum=Curriculum(edits=0.3, fusions=0.06, questions=0.14, complete=0.5, rewritten=0.3, thought=0.15),
-    optimiser=OptimiserConfig(rate=7.5e-4, muon_rate=1.5e-3, ema=0.995),
-    steps=700,
-    warmup=30,
+    curriculum=Curriculum(
+        edits=0.3, fusions=0.06, questions=0.1, characters=0.15, complete=0.5, rewritten=0.3, thought=0.2
+    ),
+    optimiser=OptimiserConfig(rate=1e-3, muon_rate=2e-3, ema=0.998),
+    steps=2400,
+    warmup=50,
     decay_share=0.8,
-    lessons=16384,
-    repeats=3,
-    shift=1.5,
+    lessons=24576,
+    repeats=4,
+    shift=2.5,
     uniform=0.5,
-    seed=3,
+    seed=4,
 )
 
 

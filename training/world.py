@@ -13,8 +13,8 @@ Split = Literal["train", "held-out"]
 
 # Names and (height, width): rows 16, 12, 20, 10 and 22 of the resolution table of base size 128.
 FORMATS = {"square": (128, 128), "wide": (96, 160), "tall": (160, 96), "very wide": (80, 176), "very tall": (176, 80)}
-SMALL = (40, 48)
-BIG = (60, 72)
+SMALL = (40, 48)  # sides in pixels
+BIG = (64, 72)
 
 _COUNTS = (1, 1, 1, 1, 1, 2, 2, 2, 2, 3)
 _CHARACTER_SHARE = 0.15
@@ -24,6 +24,7 @@ _KIND_WEIGHTS = {"plain": 12, "striped": 2, "checked": 2, "dotted": 2, "gradient
 _CONTRAST = 45.0  # least Lab distance of an object from anything behind it
 _EDGE = 1  # pixels between an object and the border
 _GAP = 2  # pixels between two objects, 6 where their colours are alike
+_GRID = 4  # pixels: places and sizes are a few, so that a small network can know each of them
 _INSIDE = 3  # pixels between an object's centre and the border of its third
 _HELD_OUT = 16  # one arrangement of objects in so many is kept from training
 
@@ -40,10 +41,12 @@ def scenes(split: Split, seed: int, objects: int | None = None) -> Iterator[Scen
         yield split_scene(rng, split, objects)
 
 
-def split_scene(rng: random.Random, split: Split, objects: int | None = None) -> Scene:
-    """A random scene of a split; see `is_held_out`."""
+def split_scene(
+    rng: random.Random, split: Split, objects: int | None = None, *, shapes: Sequence[str] | None = None
+) -> Scene:
+    """A random scene of a split; see `is_held_out` and `random_scene`."""
     while True:
-        scene = random_scene(rng, objects)
+        scene = random_scene(rng, objects, shapes=shapes)
         if is_held_out(scene) == (split == "held-out"):
             return scene
 
@@ -127,7 +130,7 @@ def random_background(rng: random.Random) -> Background:
 
 
 def put(rng: random.Random, shape: str, colour: str, size: int, where: str, width: int, height: int) -> Object | None:
-    """An object at a named place, a few pixels off its middle at random; None where it is too large for the place."""
+    """An object at a named place, at random a step off its middle; None where it is too large for the place."""
     row, column = row_and_column(where)
     x = _coordinate(rng, column, size, width)
     y = _coordinate(rng, row, size, height)
@@ -147,9 +150,8 @@ def random_object(rng: random.Random, count: int, width: int, height: int) -> Ob
 
 
 def random_size(rng: random.Random, count: int) -> int:
-    """A side in pixels, even: small, or big where there is one object, sometimes where there are two."""
-    low, high = BIG if rng.random() < {1: 0.5, 2: 0.15, 3: 0.0}[count] else SMALL
-    return rng.randrange(low, high + 1, 2)
+    """A side in pixels: small, or big where there is one object, sometimes where there are two."""
+    return rng.choice(BIG if rng.random() < {1: 0.5, 2: 0.15, 3: 0.0}[count] else SMALL)
 
 
 def lab_distance(first: Sequence[float], second: Sequence[float]) -> float:
@@ -189,7 +191,7 @@ def _coordinate(rng: random.Random, third: int, size: int, side: int) -> int | N
     if low > high:
         return None
     middle = min(max(round((third + 0.5) * side / 3), low), high)
-    return min(max(middle + rng.randint(-4, 4), low), high)
+    return min(max(_GRID * (round(middle / _GRID) + rng.randint(-1, 1)), low), high)
 
 
 def _overlap(one: Object, other: Object, gap: int) -> bool:

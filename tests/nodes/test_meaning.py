@@ -21,6 +21,7 @@ from PIL import Image
 from tools.comfy_server import ComfyServer, with_inputs
 from tools.showcase import scene
 from tools.testbed import REPO
+from tools.workflows import DISTIL
 from training.detect import Found, detect
 from training.draw import draw, draw_array
 from training.marks import preservation
@@ -29,6 +30,8 @@ from training.scene import Object, Scene
 pytestmark = pytest.mark.comfy
 
 TRAINED = REPO / "checkpoints" / "hunyuan3-tiny-instruct"
+DISTILLED = REPO / "checkpoints" / "hunyuan3-tiny-distil"
+both = pytest.mark.parametrize("variant", ["", "_distil"])  # what the names of their workflows end with
 WORKFLOWS = REPO / "workflows" / "api"
 ASKED = (  # one object each: (prompt, colour, shape)
     ("a red circle on a white background", "red", "circle"),
@@ -42,7 +45,8 @@ ASKED = (  # one object each: (prompt, colour, shape)
 
 @pytest.fixture(scope="module")
 def server(comfyui: Path) -> Iterator[ComfyServer]:
-    with ComfyServer(comfyui, Path(sys.executable), checkpoints={TRAINED.name: TRAINED}) as server:
+    folders = {folder.name: folder for folder in (TRAINED, DISTILLED)}
+    with ComfyServer(comfyui, Path(sys.executable), checkpoints=folders) as server:
         yield server
 
 
@@ -60,9 +64,14 @@ class Ran:
 
 
 def run(server: ComfyServer, name: str, *scenes: Scene, **inputs: dict[str, Any]) -> Ran:
-    """Runs a shipped workflow that loads `scenes`, with some inputs replaced: {node class: {input: value}}."""
+    """Runs a shipped workflow that loads `scenes`, with some inputs replaced: {node class: {input: value}}.
+
+    A workflow of the distilled model gets the distilled checkpoint.
+    """
     prompt = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
-    prompt = with_inputs(prompt, {"Hunyuan3Loader": {"checkpoint": TRAINED.name}, **inputs})
+    (loader,) = (node for node in prompt.values() if node["class_type"] == "Hunyuan3Loader")
+    trained = DISTILLED if loader["inputs"]["checkpoint"] == DISTIL else TRAINED
+    prompt = with_inputs(prompt, {"Hunyuan3Loader": {"checkpoint": trained.name}, **inputs})
     loading = [node for node in prompt.values() if node["class_type"] == "LoadImage"]
     for index, (node, shown) in enumerate(zip(loading, scenes, strict=True)):
         file = f"{name}_{index}.png"
@@ -76,32 +85,38 @@ def run(server: ComfyServer, name: str, *scenes: Scene, **inputs: dict[str, Any]
     return Ran("".join(texts), picture)
 
 
-def drawn(server: ComfyServer, text: str, seed: int = 1) -> Found:
+DRAWS = {"": "text_to_image_instruct", "_distil": "text_to_image"}  # the first workflow is the distilled model's
+
+
+def drawn(server: ComfyServer, text: str, seed: int = 1, variant: str = "") -> Found:
     wanted = {"prompt": text, "width": 128, "height": 128}
-    return run(server, "text_to_image_instruct", Hunyuan3Conditioning=wanted, Hunyuan3Sampler={"seed": seed}).found
+    return run(server, DRAWS[variant], Hunyuan3Conditioning=wanted, Hunyuan3Sampler={"seed": seed}).found
 
 
-def test_drawings_show_what_was_asked_for(server: ComfyServer):
+@both
+def test_drawings_show_what_was_asked_for(server: ComfyServer, variant: str):
     right = {"colour": 0, "shape": 0}
     for text, colour, shape in ASKED:
-        (largest, *_others) = drawn(server, text).objects
+        (largest, *_others) = drawn(server, text, variant=variant).objects
         right["colour"] += largest.colour == colour
         right["shape"] += largest.shape == shape
     assert right["colour"] >= len(ASKED) - 1, right
     assert right["shape"] >= len(ASKED) - 2, right
 
 
-def test_the_background_is_the_one_asked_for(server: ComfyServer):
+@both
+def test_the_background_is_the_one_asked_for(server: ComfyServer, variant: str):
     for colour in ("white", "yellow", "blue"):
-        background = drawn(server, f"a red square on a {colour} background").background
+        background = drawn(server, f"a red square on a {colour} background", variant=variant).background
         assert (background.kind, background.colour) == ("plain", colour)
 
 
+@both
 @pytest.mark.parametrize("task", ["recaption", "think_recaption"])
-def test_what_is_written_names_what_was_asked_for_and_is_drawn(server: ComfyServer, task: str):
+def test_what_is_written_names_what_was_asked_for_and_is_drawn(server: ComfyServer, task: str, variant: str):
     ran = run(
         server,
-        "think_and_draw",
+        f"think_and_draw{variant}",
         PrimitiveStringMultiline={"value": "a red circle"},
         Hunyuan3Think={"task": task, "seed": 1},
         Hunyuan3Sampler={"seed": 1},
@@ -124,12 +139,13 @@ EDITED = (  # (what is asked, what becomes of ONE)
 )
 
 
-def test_an_edit_changes_what_was_asked_for_and_leaves_the_rest(server: ComfyServer):
+@both
+def test_an_edit_changes_what_was_asked_for_and_leaves_the_rest(server: ComfyServer, variant: str):
     right = 0
     for text, expected in EDITED:
         ran = run(
             server,
-            "edit_picture",
+            f"edit_picture{variant}",
             ONE,
             PrimitiveStringMultiline={"value": text},
             Hunyuan3Think={"task": "recaption", "seed": 1},
@@ -153,12 +169,13 @@ FUSED = (  # (shape of the first picture, colour of the second, background of th
 )
 
 
-def test_fusion_takes_something_of_each_of_three_pictures(server: ComfyServer):
+@both
+def test_fusion_takes_something_of_each_of_three_pictures(server: ComfyServer, variant: str):
     right = 0
     for shape, colour, background in FUSED:
         found = run(
             server,
-            "fuse_three",
+            f"fuse_three{variant}",
             scene("pink", Object(shape, "purple", 64, 64, 68)),
             scene("yellow", Object("square", colour, 64, 64, 60)),
             scene(background, Object("ring", "black", 64, 64, 60)),
@@ -201,7 +218,8 @@ def test_questions_are_answered(server: ComfyServer):
     assert sum(right) >= len(right) - 2, answers
 
 
-def test_a_seed_gives_the_same_picture_again(server: ComfyServer):
+@both
+def test_a_seed_gives_the_same_picture_again(server: ComfyServer, variant: str):
     text = "a blue square on a yellow background"
-    first, other, again = (drawn(server, text, seed) for seed in (1, 2, 1))
+    first, other, again = (drawn(server, text, seed, variant) for seed in (1, 2, 1))
     assert first == again != other

@@ -17,7 +17,7 @@ from training.questions import QUESTION_KINDS, random_question
 from training.scene import COLOURS, PLACES, place
 from training.thoughts import rewrite, thought
 from training.tokenizer import train_tokenizer
-from training.words import SHAPE_WORDS
+from training.words import COLOUR_WORDS, SHAPE_WORDS, background_phrases
 from training.world import FORMATS, fits, format_of, is_held_out, put, scenes, stream, suited_format
 
 
@@ -112,6 +112,28 @@ def test_fusions_take_shape_colour_and_background():
         assert item.shape == fusion.inputs[0].objects[0].shape
         assert item.colour == fusion.inputs[1].objects[0].colour
         assert fusion.after.background == fusion.inputs[0 if count == 2 else 2].background
+
+
+def test_the_thought_of_a_fusion_says_what_comes_from_where():
+    rng = stream("train", 9)
+    thoughts = {}
+    while len(thoughts) < 4:
+        fusion = random_fusion(rng, "train")
+        thoughts.setdefault((fusion.language, len(fusion.inputs)), (fusion, fusion.summary))
+    for (language, count), (fusion, said) in thoughts.items():
+        (item,) = fusion.after.objects
+        assert SHAPE_WORDS[language][item.shape] in said
+        assert COLOUR_WORDS[language][item.colour] in said
+        behind = background_phrases(fusion.after.background, language)[0]
+        assert (behind in said) == (count == 3)
+
+
+def test_scenes_have_few_sizes_and_places():
+    items = [
+        item for scene in islice(scenes("train", 3, 1), 600) if scene.width == scene.height for item in scene.objects
+    ]
+    assert {item.size for item in items} == {40, 48, 64, 72}
+    assert len({item.x for item in items}) <= 20
 
 
 @pytest.mark.parametrize("kind", QUESTION_KINDS)
