@@ -14,7 +14,16 @@ from .io_types import (
 )
 from .png import note_in_png
 from .progress import NodeProgress
-from .writing import cut_off, pictures_for, reading_inputs, sampling_inputs, sampling_options, used_by, write
+from .writing import (
+    conversation_after,
+    cut_off,
+    pictures_for,
+    reading_inputs,
+    sampling_inputs,
+    sampling_options,
+    used_by,
+    write,
+)
 
 
 class Hunyuan3Ask(io.ComfyNode):
@@ -61,7 +70,6 @@ class Hunyuan3Ask(io.ComfyNode):
         system_prompt: str = "auto",
         custom_system_prompt: str = "",
     ) -> io.NodeOutput:
-        folder = model.model.folder
         shown, earlier = pictures_for(model, images, conversation)
         request = TextRequest(
             prompt,
@@ -74,7 +82,7 @@ class Hunyuan3Ask(io.ComfyNode):
         run = write(
             model,
             request,
-            answering(folder),
+            answering(model.model.folder),
             progress,
             lambda run, _stage: run.answer,
             sampling=sampling_options(sampling, temperature, top_k, top_p, repetition_penalty),
@@ -88,9 +96,7 @@ class Hunyuan3Ask(io.ComfyNode):
         progress.stream("done", shown_text)
         progress.log(f"answered in {len(run.ids)} tokens{remark}")
         note_in_png(cls.hidden.extra_pnginfo, cls.hidden.unique_id, used_by(model, run, seed, answer))
-        turn = [Message("user", picture.in_template()) for picture in shown.pictures[len(earlier.pictures) :]]
-        turn += [Message("user", prompt), Message("assistant", answer)]
-        later = Conversation((*earlier.messages, *turn), shown.pictures, folder.fingerprint, shown.posterior)
+        later = conversation_after(model, earlier, shown, Message("user", prompt), Message("assistant", answer))
         return io.NodeOutput(answer, later, ui=progress.shown(shown_text))
 
 

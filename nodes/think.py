@@ -7,7 +7,16 @@ from .compat import io, require_choice, schema
 from .io_types import Conversation, HunyuanConversation, HunyuanModel, ModelHandle, PictureSet
 from .png import note_in_png
 from .progress import NodeProgress
-from .writing import cut_off, pictures_for, reading_inputs, sampling_inputs, sampling_options, used_by, write
+from .writing import (
+    conversation_after,
+    cut_off,
+    pictures_for,
+    reading_inputs,
+    sampling_inputs,
+    sampling_options,
+    used_by,
+    write,
+)
 
 _TASKS = ["think_recaption", "recaption", "think", "img_ratio"]
 
@@ -108,11 +117,8 @@ class Hunyuan3Think(io.ComfyNode):
         progress.stream("done", text)
         progress.log(f"thought {len(run.ids)} tokens, {size.width}x{size.height}{remark}")
         note_in_png(cls.hidden.extra_pnginfo, cls.hidden.unique_id, used_by(model, run, seed, trace))
-        turn = [Message("user", picture.in_template()) for picture in shown.pictures[len(earlier.pictures) :]]
-        turn.append(Message("user", prompt))
-        if trace:
-            turn.append(Message("assistant", trace))
-        later = Conversation((*earlier.messages, *turn), shown.pictures, folder.fingerprint, shown.posterior)
+        said = [Message("user", prompt), *([Message("assistant", trace)] if trace else [])]
+        later = conversation_after(model, earlier, shown, *said)
         return io.NodeOutput(
             think_body(trace), recaption_body(trace), trace, size.width, size.height, later, ui=progress.shown(text)
         )

@@ -12,6 +12,7 @@ from ..hunyuan3.generate.stages import StagePlan
 from ..hunyuan3.pictures import PosteriorMode
 from ..hunyuan3.placement.estimate import activation_bytes, cache_bytes
 from ..hunyuan3.text.system_prompts import CHOICES
+from ..hunyuan3.text.template import Message
 from ..hunyuan3.writing import TextRequest, WritingRun, text_rows
 from .budget import Work
 from .compat import io, require_choice
@@ -113,6 +114,13 @@ def pictures_for(
         _log.warning("Hunyuan Image 3: %d input pictures; the model was trained with up to %d.", count, TRAINED_FOR)
     together = PictureSet((*conversation.pictures, *images.pictures), images.align, images.posterior, fingerprint)
     return together, conversation
+
+
+def conversation_after(model: ModelHandle, earlier: Conversation, shown: PictureSet, *said: Message) -> Conversation:
+    """`earlier` with this turn: those pictures of `shown` that it has not yet, as the user's, then what was said."""
+    pictures = [Message("user", picture.in_template()) for picture in shown.pictures[len(earlier.pictures) :]]
+    messages = (*earlier.messages, *pictures, *said)
+    return Conversation(messages, shown.pictures, model.model.folder.fingerprint, shown.posterior)
 
 
 def write(
