@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from tools.testbed import REPO
 from tools.workflows import BASE, DISTIL, INSTRUCT
 from training.draw import draw
 from training.scene import Background, Object, Scene
+from training.world import put
 
 TRAINED = {
     BASE: REPO / "checkpoints" / "hunyuan3-tiny-instruct",  # there is no tiny base model
     INSTRUCT: REPO / "checkpoints" / "hunyuan3-tiny-instruct",
-    DISTIL: REPO / "checkpoints" / "hunyuan3-tiny-instruct",  # nor a distilled one yet
+    DISTIL: REPO / "checkpoints" / "hunyuan3-tiny-distil",
 }
 
 
@@ -28,7 +30,6 @@ class Show:
 
     texts: tuple[str, ...]
     pictures: tuple[Scene, ...] = ()
-    thinks: bool = True  # before it rewrites; the tiny models have learned no thoughts about several pictures
 
 
 def scene(background: str, *objects: Object) -> Scene:
@@ -36,11 +37,18 @@ def scene(background: str, *objects: Object) -> Scene:
     return Scene(128, 128, Background("plain", background), objects)
 
 
-_CIRCLE = scene("yellow", Object("circle", "red", 64, 64, 60))
+def at(where: str, shape: str, colour: str, size: int = 52) -> Object:
+    """An object where training puts those of a named place in such a scene."""
+    item = put(Random(0), shape, colour, size, where, 128, 128)
+    assert item is not None, f"{size} pixels are too large for {where}"
+    return item
+
+
+_CIRCLE = scene("yellow", at("middle", "circle", "red"))
 _FUSED = (
-    scene("white", Object("star", "red", 64, 64, 72)),
-    scene("yellow", Object("square", "blue", 64, 64, 60)),
-    scene("green", Object("circle", "white", 64, 64, 60)),
+    scene("white", at("middle", "star", "red", 68)),
+    scene("yellow", at("middle", "square", "blue")),
+    scene("green", at("middle", "circle", "white")),
 )
 _FUSION = "Draw the first shape in the second color on the third background."
 _DRAWN = "a purple triangle at the bottom left and a yellow star at the top right on a green background"
@@ -53,8 +61,8 @@ SHOWS = {
     "think_and_draw_distil": Show(("a star",)),
     "edit_picture": Show(("Turn the circle blue.",), (_CIRCLE,)),
     "edit_picture_distil": Show(("Turn the circle blue.",), (_CIRCLE,)),
-    "fuse_three": Show((_FUSION,), _FUSED, thinks=False),
-    "fuse_three_distil": Show((_FUSION,), _FUSED, thinks=False),
+    "fuse_three": Show((_FUSION,), _FUSED),
+    "fuse_three_distil": Show((_FUSION,), _FUSED),
     "ask_picture": Show(("What does it show?",), (_CIRCLE,)),
     "multi_turn_edit": Show(("a red circle", "Make the circle blue.")),
 }
@@ -78,8 +86,6 @@ def asked(name: str, prompt: Mapping[str, Mapping[str, Any]], folder: Path) -> d
             given[_TEXTS[kind]] = texts.pop(0)
         if kind in _WRITERS:
             given["max_new_tokens"] = _MOST_TOKENS
-        if kind == "Hunyuan3Think" and not show.thinks:
-            given["task"] = "recaption"
         if kind == "LoadImage":
             file = f"{name}_{number}.png"
             draw(pictures.pop(0)).save(folder / file)

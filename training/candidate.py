@@ -18,7 +18,7 @@ from .exam import DrawingTask, QuestionTask
 Mode = Literal["direct", "rewrite", "think"]
 MODES: tuple[Mode, ...] = ("direct", "rewrite", "think")
 _STAGES = {"rewrite": "recaption", "think": "think_recaption"}
-_MOST_TOKENS = 160  # twice the longest text of the world
+_MOST_TOKENS = 160  # the longest thought with its rewrite has about 125
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Candidate:
     def draw(self, task: DrawingTask, mode: Mode) -> Drawing:
         """The picture, of the size of the task's scene whatever ratio the candidate would have chosen."""
         pictures = self.model.encode_pictures([draw(scene) for scene in task.inputs])
-        trace, ratio = self._write(TextRequest(task.text, pictures=pictures), mode)
+        trace, ratio = "", None
+        if mode != "direct" or not pictures:  # a picture that is shown gives the ratio
+            trace, ratio = self._write(TextRequest(task.text, pictures=pictures), mode)
         conditioning = self.model.conditioning(
             task.text, width=task.scene.width, height=task.scene.height, pictures=pictures, trace=trace
         )

@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from .marks import Wanted, WantedObject
 from .scene import Object, Scene
+from .wanted import Wanted, WantedObject
 from .words import (
     COLOUR_WORDS,
     FORMAT_PHRASES,
@@ -21,7 +21,7 @@ from .words import (
 from .world import format_of, suited_format
 
 _CHINESE_SHARE = 0.3
-_NAMED = {"colour": 0.75, "place": 0.6, "size": 0.25, "background": 0.5, "format": 0.2}  # how often a prompt says it
+_NAMED = {"colour": 0.75, "place": 0.6, "background": 0.5, "format": 0.2}  # how often a prompt says it
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,19 @@ def random_prompt(
 ) -> Prompt:
     """A prompt that the scene answers; `complete` names every object's colour and place.
 
-    It names the format where that is not the one that suits the places, and at times where it is.
+    It names sizes that are worth a word; the format where that is not the one that suits the places, and at times where
+    it is.
     """
     language = language or random_language(rng)
     words = _English(rng) if language == "en" else _Chinese(rng)
+    sizes = [size_word(item.size, language) for item in scene.objects]
     plural = not complete and len(scene.objects) > 1 and rng.random() < 0.4
-    if plural and len({item.shape for item in scene.objects}) == 1:
+    if plural and len({item.shape for item in scene.objects}) == 1 and not any(sizes):
         wanted, phrases = _several(words, scene)
     else:
         pairs = list(zip(scene.objects, scene.places, strict=True))
         wishes = [_wish(rng, item, where, complete) for item, where in pairs]
-        sizes = [rng.random() < _NAMED["size"] for _ in pairs]
-        phrases = [words.object(*args) for args in zip(scene.objects, wishes, sizes, strict=True)]
+        phrases = [words.object(*args) for args in zip(scene.objects, wishes, strict=True)]
         wanted = tuple(wishes)
     background = scene.background if rng.random() < _NAMED["background"] else None
     backdrop = None if background is None else rng.choice(background_phrases(background, language))
@@ -68,7 +69,8 @@ def random_prompt(
 
 def _wish(rng: random.Random, item: Object, where: str, complete: bool) -> WantedObject:
     colour = item.colour if complete or rng.random() < _NAMED["colour"] else None
-    return WantedObject(item.shape, colour, where if complete or rng.random() < _NAMED["place"] else None)
+    place = where if complete or rng.random() < _NAMED["place"] else None
+    return WantedObject(item.shape, colour, place, size_word(item.size, "en"))
 
 
 def _several(words: "_English | _Chinese", scene: Scene) -> tuple[tuple[WantedObject, ...], list[str]]:
@@ -76,7 +78,7 @@ def _several(words: "_English | _Chinese", scene: Scene) -> tuple[tuple[WantedOb
     colours = {item.colour for item in scene.objects}
     colour = colours.pop() if len(colours) == 1 else None
     shape = scene.objects[0].shape
-    wanted = (WantedObject(shape, colour),) * len(scene.objects)
+    wanted = (WantedObject(shape, colour, size=""),) * len(scene.objects)
     return wanted, [words.several(len(scene.objects), colour, shape)]
 
 
@@ -84,8 +86,8 @@ class _English:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
 
-    def object(self, item: Object, wish: WantedObject, names_size: bool) -> str:
-        size = [size_word(item, "en")] if names_size else []
+    def object(self, item: Object, wish: WantedObject) -> str:
+        size = [word] if (word := size_word(item.size, "en")) else []
         shape = SHAPE_WORDS["en"][item.shape]
         if wish.colour and self.rng.random() < 0.12:
             phrase = f"{article(' '.join([*size, shape]))} in {wish.colour}"
@@ -135,8 +137,8 @@ class _Chinese:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
 
-    def object(self, item: Object, wish: WantedObject, names_size: bool) -> str:
-        size = f"{size_word(item, 'zh')}的" if names_size else ""
+    def object(self, item: Object, wish: WantedObject) -> str:
+        size = size_word(item.size, "zh")
         colour = ""
         if wish.colour:
             colour = COLOUR_WORDS["zh"][wish.colour] + self.rng.choice(("", "的"))

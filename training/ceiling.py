@@ -7,7 +7,8 @@ import numpy as np
 
 from .detect import detect
 from .draw import draw_array
-from .marks import Marks, Wanted, average, score_scene
+from .marks import Marks, average, score_scene
+from .wanted import Wanted
 from .world import scenes
 
 # uint8 pictures [count, height, width, 3] -> the same after a round trip.

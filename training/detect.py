@@ -19,6 +19,7 @@ _PATTERN_PRICE = 0.02  # share of pixels by which a pattern must explain more th
 _CORE = 30  # pixels that a blob must keep when its rim is taken off
 _SIDE = 32  # of the masks that are compared
 _LIKENESS = 0.7  # intersection over union below which a blob is no known shape
+_NAMED = 30.0  # Lab distance from a name's colour beyond which a colour has no name
 _RIM = 0.2  # below which it is no object at all: rims have 0.03 to 0.14
 _ZOOMS = (1.0, 1.05, 1.1)  # a blurred tip shortens the bounding box: larger boxes are tried, too
 _SHIFTS = ((0.0, 0.0), (0.0, -0.04), (0.0, 0.04), (-0.03, 0.0), (0.03, 0.0))  # down, across; shares of the box
@@ -30,14 +31,14 @@ class FoundObject:
 
     Attributes:
         shape: one of SHAPES, None where the blob is like none of them.
-        colour: the nearest name.
+        colour: the nearest name; None where it is far from all.
         x, y, size: centre and longer side of its bounding box, in pixels.
         place: the name of the third in which the centre lies.
         likeness: intersection over union with the best shape's mask, 0 to 1.
     """
 
     shape: str | None
-    colour: str
+    colour: str | None
     x: float
     y: float
     size: float
@@ -172,7 +173,8 @@ def _look_at(blob: np.ndarray, blobs: list[np.ndarray], rgb: np.ndarray, backdro
     shape, likeness = _shape(coverage, x, y, size)
     if likeness < _RIM:
         return None
-    name = NAMES[int(np.argmin(((to_lab(colour) - _palette_lab()) ** 2).sum(-1)))]
+    distances = np.linalg.norm(to_lab(colour) - _palette_lab(), axis=-1)
+    name = NAMES[int(distances.argmin())] if distances.min() < _NAMED else None
     where = place(x, y, rgb.shape[1], rgb.shape[0])
     return FoundObject(shape if likeness >= _LIKENESS else None, name, x, y, size, where, likeness)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .captions import random_language
-from .marks import Wanted, WantedObject
 from .scene import COLOURS, PLACES, Object, Scene
+from .wanted import Wanted
 from .words import (
     COLOUR_WORDS,
     PLACE_PHRASES,
@@ -16,6 +16,7 @@ from .words import (
     background_phrases,
     capital,
     description,
+    named,
 )
 from .world import Split, fits, is_held_out, put, random_background, random_object, split_scene, stands_out
 
@@ -94,19 +95,18 @@ def _add(rng: random.Random, scene: Scene, language: Language) -> Edit | None:
     where = after.places[-1]
     if where in scene.places:
         return None
-    named = rng.random() < 0.7
-    colour, shape = COLOUR_WORDS[language][item.colour], SHAPE_WORDS[language][item.shape]
-    place = rng.choice(PLACE_PHRASES[language][where])
+    placed = rng.random() < 0.7
+    thing, place = named(item, language), rng.choice(PLACE_PHRASES[language][where])
     if language == "en":
-        thing = article(f"{colour} {shape}")
-        text = f"{rng.choice(('add', 'put', 'also draw'))} {thing}" + (f" {place}" if named else "")
+        thing = article(thing)
+        text = f"{rng.choice(('add', 'put', 'also draw'))} {thing}" + (f" {place}" if placed else "")
         summary = f"{capital(thing)} is added {PLACE_PHRASES['en'][where][0]}."
     else:
-        text = (f"在{place}" if named else "") + rng.choice(("加", "添加")) + f"一个{colour}{shape}"
-        summary = f"{PLACE_PHRASES['zh'][where][0]}加一个{colour}{shape}。"
+        text = (f"在{place}" if placed else "") + rng.choice(("加", "添加")) + f"一个{thing}"
+        summary = f"{PLACE_PHRASES['zh'][where][0]}加一个{thing}。"
     wanted = Wanted.whole(after)
-    if not named:
-        wanted = replace(wanted, objects=(*wanted.objects[:-1], WantedObject(item.shape, item.colour)))
+    if not placed:
+        wanted = replace(wanted, objects=(*wanted.objects[:-1], replace(wanted.objects[-1], place=None)))
     return Edit("add", scene, after, _ended(rng, text, language), summary, language, wanted, (item,))
 
 

@@ -8,11 +8,11 @@ from typing import TypeAlias
 from .captions import random_prompt
 from .edits import EDIT_KINDS, EditKind, random_edit
 from .fusion import random_fusion
-from .marks import Wanted
 from .questions import QUESTION_KINDS, QuestionKind, random_question
 from .scene import DIGITS, LETTERS, Scene
+from .wanted import Wanted
 from .words import Language
-from .world import is_held_out, random_scene, split_scene, stream
+from .world import split_scene, stream
 
 # Of a hundred prompts, how many are of which kind; edits, fusions and questions come on top.
 _PROMPTS = {"one": 35, "two": 35, "three": 10, "letter": 20}
@@ -84,9 +84,7 @@ def exam(prompts: int = 200, seed: int = 0) -> list[Task]:
 
 
 def _prompt(rng: random.Random, kind: str) -> DrawingTask:
-    scene = split_scene(rng, "held-out", _OBJECTS[kind])
-    while kind == "letter" and (scene.objects[0].shape not in LETTERS + DIGITS or not is_held_out(scene)):
-        scene = random_scene(rng, 1, shapes=LETTERS + DIGITS)
+    scene = split_scene(rng, "held-out", _OBJECTS[kind], shapes=LETTERS + DIGITS if kind == "letter" else None)
     prompt = random_prompt(rng, scene, complete=True)
     return DrawingTask(kind, prompt.text, prompt.language, prompt.wanted, scene)
 

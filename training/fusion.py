@@ -4,10 +4,10 @@ import random
 from dataclasses import dataclass, replace
 
 from .captions import random_language
-from .marks import Wanted
 from .scene import Scene
+from .wanted import Wanted
 from .words import COLOUR_WORDS, SHAPE_WORDS, Language, article, background_phrases, description
-from .world import Split, fits, is_held_out, random_scene, split_scene
+from .world import Split, fits, is_held_out, split_scene
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def random_fusion(rng: random.Random, split: Split, pictures: int | None = None)
     count = pictures or rng.choice((2, 3))
     language = random_language(rng)
     while True:
-        inputs = tuple(split_scene(rng, "train", 1) if i else random_scene(rng, 1) for i in range(count))
+        inputs = tuple(split_scene(rng, "train", 1) for _ in range(count))
         after = inputs[0].with_object(0, colour=inputs[1].objects[0].colour)
         if count == 3:
             after = replace(after, background=inputs[2].background)

@@ -108,6 +108,6 @@ def _trace(rng: random.Random, curriculum: Curriculum, thinking: str, full: str)
     """Nothing, a rewrite, or a thought and a rewrite."""
     kind = rng.random()
     rewritten = f"<recaption>{full}</recaption>"
-    if kind < curriculum.thought and thinking:
+    if kind < curriculum.thought:
         return f"<think>{thinking}</think>{rewritten}"
     return rewritten if kind < curriculum.thought + curriculum.rewritten else ""

@@ -2,42 +2,19 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from .detect import Found, FoundObject, to_lab
-from .scene import Background, Scene
-from .words import SHAPE_WORDS, Language, object_phrase
-from .world import BIG, SMALL
+from .scene import Scene
+from .wanted import Wanted, WantedObject
+from .words import Language, object_phrase, size_word
 
 _PRESERVED = 12.0  # Lab distance within which a pixel counts as left alone: a VAE's round trip moves it by a few
 _MARGIN = 3  # pixels around what changes that may change, too: soft edges
-
-
-@dataclass(frozen=True)
-class WantedObject:
-    """An object that a text asked for; None where it left the choice open."""
-
-    shape: str | None = None
-    colour: str | None = None
-    place: str | None = None
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a text asked for; `background` is None where the text left it open."""
-
-    objects: tuple[WantedObject, ...]
-    background: Background | None = None
-
-    @classmethod
-    def whole(cls, scene: Scene) -> "Wanted":
-        """Everything that a scene shows."""
-        pairs = zip(scene.objects, scene.places, strict=True)
-        return cls(tuple(WantedObject(item.shape, item.colour, where) for item, where in pairs), scene.background)
 
 
 @dataclass(frozen=True)
@@ -46,16 +23,17 @@ class Marks:
 
     Attributes:
         count: 1 if there are as many objects as wanted.
-        colour, shape, place: of the wanted objects, those that were found with it; one left open counts as right.
-        objects: of the wanted objects, those right in all three.
+        colour, shape, place, size: of the wanted objects, those that were found with it; one left open counts as right.
+        objects: of the wanted objects, those right in colour, shape and place.
         background: 1 if kind and colours are right; None where they were left open.
-        all: 1 if the count and every object are right. The background is reported, not asked for.
+        all: 1 if the count and every object are right. Sizes and the background are reported, not asked for.
     """
 
     count: float
     colour: float
     shape: float
     place: float
+    size: float
     objects: float
     background: float | None
     all: float
@@ -64,16 +42,16 @@ class Marks:
 def score_scene(found: Found, wanted: Wanted) -> Marks:
     """Pairs the objects so that most attributes agree, and counts what agrees."""
     agree = [[_agreement(item, wish) for wish in wanted.objects] for item in found.objects]
-    pairs: list[tuple[bool, bool, bool]] = []
+    pairs: list[tuple[bool, bool, bool, bool]] = []
     if agree:
-        gains = np.array([[sum(hits) + 0.1 * all(hits) for hits in row] for row in agree])
+        gains = np.array([[sum(hits[:3]) + 0.1 * all(hits[:3]) for hits in row] for row in agree])
         pairs = [agree[row][column] for row, column in zip(*linear_sum_assignment(-gains), strict=True)]
     total = len(wanted.objects)
     count = len(found.objects) == total
-    colour, shape, place = (sum(hits[i] for hits in pairs) / total for i in range(3))
-    right = sum(all(hits) for hits in pairs)
+    colour, shape, place, size = (sum(hits[i] for hits in pairs) / total for i in range(4))
+    right = sum(all(hits[:3]) for hits in pairs)
     background = None if wanted.background is None else float(found.background == wanted.background)
-    return Marks(float(count), colour, shape, place, right / total, background, float(count and right == total))
+    return Marks(float(count), colour, shape, place, size, right / total, background, float(count and right == total))
 
 
 def average(marks: Sequence[Marks]) -> Marks:
@@ -101,19 +79,15 @@ def preservation(before: np.ndarray, wanted: np.ndarray, after: np.ndarray) -> f
 
 
 def rewrite_right(text: str, scene: Scene, language: Language) -> bool:
-    """Whether a rewrite names each object of a scene with its colour and place, and no more objects than there are.
+    """Whether a rewrite names a scene's objects, size, colour, shape and place of each, and no others.
 
-    Sizes may differ, they were left open; so may the background.
+    The background may differ.
     """
-    for item, where in zip(scene.objects, scene.places, strict=True):
-        for size in (item, replace(item, size=SMALL[0]), replace(item, size=BIG[1])):
-            if object_phrase(size, where, language) in text[:1].lower() + text[1:]:
-                break
-        else:
-            return False
-    shapes = "|".join(re.escape(word) for word in SHAPE_WORDS[language].values())
-    bounds = r"(?:%s)" if language == "zh" else r"\b(?:%s)\b"
-    return len(re.findall(bounds % shapes, text)) == len(scene.objects)
+    colon, comma, stop = (": ", ", ", ".") if language == "en" else ("：", "，", "。")
+    phrases = text.rpartition(colon)[2].removesuffix(stop).split(comma)
+    named = [phrase[:1].lower() + phrase[1:] for phrase in phrases[:-1]]  # the last is the background
+    pairs = zip(scene.objects, scene.places, strict=True)
+    return sorted(named) == sorted(object_phrase(item, where, language) for item, where in pairs)
 
 
 def answer_right(answer: str, expected: str) -> bool:
@@ -121,11 +95,13 @@ def answer_right(answer: str, expected: str) -> bool:
     return _plain(answer) == _plain(expected)
 
 
-def _agreement(item: FoundObject, wish: WantedObject) -> tuple[bool, bool, bool]:
+def _agreement(item: FoundObject, wish: WantedObject) -> tuple[bool, bool, bool, bool]:
+    """In colour, shape, place, size."""
     return (
         wish.colour in (None, item.colour),
         wish.shape is None or wish.shape == item.shape,
         wish.place in (None, item.place),
+        wish.size in (None, size_word(item.size, "en")),
     )
 
 

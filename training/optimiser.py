@@ -138,12 +138,12 @@ def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
 
 
-def cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
-    """Factor of the rates: linear warm-up, then half a cosine from 1 down to `floor`."""
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Factor of the rates: linear warm-up, then half a cosine from 1 down to 0."""
     if step < warmup:
         return (step + 1) / warmup
     share = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+    return 0.5 * (1 + math.cos(math.pi * share))
 
 
 def trapezoid(step: int, steps: int, warmup: int, decay_share: float) -> float:

@@ -9,7 +9,7 @@ arithmetic, the checkpoint's own steps). A setting can cost likeness (the pictur
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from hunyuan3.quant.policy import FORMATS
 from .candidate import Candidate
 from .exam import DrawingTask, exam
 from .likeness import psnr, ssim
+from .markdown import row_of
 from .marks import mean
 from .score import judge
 
@@ -54,7 +55,10 @@ class Drawn:
 
 def settings(steps: int, distil: Path | None = None) -> list[Setting]:
     """All of them, the reference first. steps: the checkpoint's own. distil: the distilled checkpoint's folder."""
-    found = [Setting(f"bf16, {steps} steps (reference)"), Setting("bfloat16 arithmetic", {"dtype": "bfloat16"})]
+    found = [
+        Setting(f"bf16 weights, float32 arithmetic, {steps} steps (reference)"),
+        Setting("bfloat16 arithmetic", {"dtype": "bfloat16"}),
+    ]
     found += [Setting(name, {"format": name}) for name in FORMATS if name != "bf16"]
     for interval, ordinal in ((2, "2nd"), (3, "3rd"), (4, "4th")):
         taylor = TaylorOptions(interval=interval)
@@ -67,11 +71,10 @@ def settings(steps: int, distil: Path | None = None) -> list[Setting]:
 
 def quality(
     folder: Path, tasks: Sequence[DrawingTask], wanted: Sequence[Setting], seed: int = 0
-) -> list[tuple[Setting, Drawn]]:
-    """Draws the tasks in every setting."""
-    done = []
-    for setting in tqdm(wanted, desc="quality", unit="setting"):
-        model = Hunyuan3.open(setting.folder or folder, **({"dtype": "float32"} | setting.load))
+) -> Iterator[tuple[Setting, Drawn]]:
+    """Draws the tasks in every setting. All settings are opened before the first drawing, so that none fails late."""
+    models = [Hunyuan3.open(setting.folder or folder, **({"dtype": "float32"} | setting.load)) for setting in wanted]
+    for setting, model in zip(wanted, tqdm(models, desc="quality", unit="setting"), strict=True):
         candidate = Candidate(model, setting.sampling, seed)
         drawings = [candidate.draw(task, "direct") for task in tasks]
         results = [
@@ -82,14 +85,13 @@ def quality(
             for kind in _KINDS
         }
         background = mean(result.marks.background for result in results)  # of those whose prompt names it
-        done.append((setting, Drawn(tuple(np.asarray(d.picture) for d in drawings), right, background)))
-    return done
+        yield setting, Drawn(tuple(np.asarray(d.picture) for d in drawings), right, background)
 
 
 def table(done: Sequence[tuple[Setting, Drawn]]) -> str:
     """Markdown, each setting compared with the first one's pictures."""
     reference = done[0][1].pictures
-    lines = [_row(_HEADS), _row(["---"] * len(_HEADS))]
+    lines = [row_of(_HEADS), row_of(["---"] * len(_HEADS))]
     for index, (setting, drawn) in enumerate(done):
         pairs = list(zip(drawn.pictures, reference, strict=True))
         likeness = ["-", "-", "-"]
@@ -100,7 +102,7 @@ def table(done: Sequence[tuple[Setting, Drawn]]) -> str:
             likeness = [f"{decibels:.1f} dB", f"{alike:.3f}", f"{same} of {len(pairs)}"]
         shares = [drawn.right[kind] for kind in _KINDS] + [drawn.background]
         shown = ["-" if share is None else f"{share:.2f}" for share in shares]
-        lines.append(_row([setting.name, *shown, *likeness]))
+        lines.append(row_of([setting.name, *shown, *likeness]))
     return "\n".join(lines)
 
 
@@ -114,16 +116,12 @@ Measured with the tiny checkpoint [{folder.name}](../{folder.as_posix()}/README.
     {command}
 
 "One object" and "two objects": share of pictures in which every object has the colour, shape and place that was asked
-for. PSNR and SSIM compare with the reference's picture of the same seed: a setting can cost likeness (it is another
-picture) without costing score (it is as right). A model of five million numbers is not one of eighty billion: read the
-order of the lines, not the numbers.
+for; "background": of the pictures whose prompt names one, those that have it. PSNR and SSIM compare with the
+reference's picture of the same seed: a setting can cost likeness (it is another picture) without costing score (it is
+as right). A model of five million numbers is not one of eighty billion: read the order of the lines, not the numbers.
 
 {table(done)}
 """
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> int:
@@ -141,17 +139,18 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> i
     tasks = [t for kind in _KINDS for t in [task for task in tasks if task.kind == kind][: args.prompts // 2]]
     try:
         steps = Hunyuan3.open(args.folder).folder.generation.steps
-        done = quality(args.folder, tasks, settings(steps, args.distil), args.seed)
+        command = " ".join(["python -m training.quality", *(sys.argv[1:] if argv is None else argv)])
+        done: list[tuple[Setting, Drawn]] = []
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+        for line in quality(args.folder, tasks, settings(steps, args.distil), args.seed):
+            done.append(line)
+            if args.out is not None:
+                args.out.write_text(page(args.folder, done, len(tasks), command), encoding="utf-8")
     except (Hunyuan3Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if args.out is None:
-        say(table(done))
-        return 0
-    arguments = sys.argv[1:] if argv is None else argv
-    command = " ".join(["python -m training.quality", *arguments])
-    args.out.write_text(page(args.folder, done, len(tasks), command), encoding="utf-8")
-    say(f"{args.out}: {len(done)} settings")
+    say(table(done) if args.out is None else f"{args.out}: {len(done)} settings")
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from .captions import random_language
 from .scene import BASIC_SHAPES, Object, Scene
 from .words import COLOUR_WORDS, NUMBERS, PLACE_PHRASES, SHAPE_WORDS, Language, article, capital, description
-from .world import Split, is_held_out, random_scene, split_scene
+from .world import Split, split_scene
 
 QuestionKind = Literal["count", "colour", "place", "shape", "caption"]
 QUESTION_KINDS: tuple[QuestionKind, ...] = ("count", "colour", "place", "shape", "caption")
@@ -37,10 +37,7 @@ def random_question(rng: random.Random, split: Split, kind: QuestionKind | None 
 
 def _countable(rng: random.Random, split: Split) -> Scene:
     """One to three objects of two shapes at most, each number as often."""
-    while True:
-        scene = random_scene(rng, rng.randint(1, 3), shapes=rng.sample(BASIC_SHAPES, 2))
-        if is_held_out(scene) == (split == "held-out"):
-            return scene
+    return split_scene(rng, split, rng.randint(1, 3), shapes=rng.sample(BASIC_SHAPES, 2))
 
 
 def _count(rng: random.Random, scene: Scene, language: Language) -> tuple[str, str]:

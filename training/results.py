@@ -1,11 +1,12 @@
 """What a candidate reached: one row per task and mode, averaged into tables."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .markdown import row_of
 from .marks import Marks, mean
 
-_DRAWN = ("count", "colour", "shape", "place", "all", "background")
+_DRAWN = ("count", "colour", "shape", "place", "all", "size", "background")
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,19 @@ class Results:
             ("kind", "mode", "n", "right"),
         )
         return "\n\n".join(
-            "\n".join((_row(heads), _row(["---"] * len(heads)), *lines))
+            "\n".join((row_of(heads), row_of(["---"] * len(heads)), *lines))
             for heads, lines in zip(tables, (drawn, edited, asked), strict=True)
             if lines
         )
 
     @property
     def last_line(self) -> str:
-        """The four numbers that sum the exam up. Pictures count in the mode that came first."""
-        mode = next((row.mode for row in self.rows if row.marks), "direct")
+        """The four numbers that sum the exam up. Pictures count in direct mode."""
+        drawn = [row for row in self.rows if row.marks and row.mode == "direct"]
         parts = {
-            "one-object": [row.marks.all for row in self.rows if row.marks and (row.kind, row.mode) == ("one", mode)],
-            "two-object": [row.marks.all for row in self.rows if row.marks and (row.kind, row.mode) == ("two", mode)],
-            "edit": [_success(row) for row in self.rows if row.preserved is not None and row.mode == mode],
+            "one-object": [row.marks.all for row in drawn if row.kind == "one"],
+            "two-object": [row.marks.all for row in drawn if row.kind == "two"],
+            "edit": [_success(row) for row in drawn if row.preserved is not None],
             "ask": [row.text for row in self.rows if row.mode == "answer"],
         }
         return "score: " + " ".join(f"{name} {_shown(mean(values))}" for name, values in parts.items())
@@ -71,7 +72,7 @@ class Results:
         lines = []
         for kind, mode in groups:
             group = [row for row in rows if (row.kind, row.mode) == (kind, mode)]
-            lines.append(_row([kind, mode, str(len(group)), *map(_shown, columns(group))]))
+            lines.append(row_of([kind, mode, str(len(group)), *map(_shown, columns(group))]))
         return lines
 
     @staticmethod
@@ -92,7 +93,3 @@ def _success(row: Result) -> float:
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"

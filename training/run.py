@@ -57,19 +57,21 @@ class Stage(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
-def train(stage: Stage, path: Path, minutes: float, crew: Crew | None = None) -> None:
+def train(stage: Stage, path: Path, minutes: float, crew: Crew | None = None, name: str = "") -> None:
     """Steps until the stage or the time is over, whichever comes first, and leaves the state in `path`.
 
-    Of a crew only the first process writes, and its clock counts.
+    Of a crew only the first process writes, and its clock counts. name: of the stage, which the state keeps.
     """
-    crew = crew or Crew()
+    crew, name = crew or Crew(), name or stage.name
     path.parent.mkdir(parents=True, exist_ok=True)
     seconds = 0.0
     if path.exists():
-        saved = load_state(path)
+        saved = saved_as(name, path)
         stage.restore(saved["stage"])
         seconds = saved["seconds"]
-        _log.info("%s: goes on from step %d", stage.name, stage.done)
+        _log.info("%s: goes on from step %d", name, stage.done)
+    if crew.rank == 0:
+        _keep_lines(path.with_suffix(".csv"), stage.done)
     started = last = saved_at = time.monotonic()
     records: list[dict[str, float]] = []
     while stage.done < stage.config.steps and crew.agreed(time.monotonic() - started < 60 * minutes):
@@ -82,14 +84,32 @@ def train(stage: Stage, path: Path, minutes: float, crew: Crew | None = None) ->
             _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
             records, last = [], now
         if now - saved_at >= SAVE_SECONDS:
-            save_state(path, {"stage": stage.state(), "seconds": seconds + now - started})
+            save_state(path, {"name": name, "stage": stage.state(), "seconds": seconds + now - started})
             saved_at = now
     if crew.rank:
         return
     now = time.monotonic()
     if records:
         _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
-    save_state(path, {"stage": stage.state(), "seconds": seconds + now - started})
+    save_state(path, {"name": name, "stage": stage.state(), "seconds": seconds + now - started})
+
+
+def saved_as(name: str, path: Path) -> dict[str, Any]:
+    """The state in `path`, which must be that of the stage of this name: another's would be overwritten."""
+    saved = load_state(path)
+    if saved["name"] != name:
+        raise SystemExit(f"{path} is a state of the stage {saved['name']!r}, not of {name!r}; name another --state.")
+    return saved
+
+
+def _keep_lines(path: Path, done: int) -> None:
+    """Drops the lines of a log that speak of steps after `done`: a killed run does those again."""
+    if not done:
+        path.unlink(missing_ok=True)
+    if not path.exists():
+        return
+    header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join([header, *(line for line in lines if int(line.split(",")[0]) <= done)]), encoding="utf-8")
 
 
 def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str, float]]) -> None:
@@ -117,30 +137,35 @@ INSTRUCT = TransformerStageConfig(
 
 POLISH = TransformerStageConfig(
     curriculum=Curriculum(
-        edits=0.3, fusions=0.06, questions=0.1, characters=0.15, complete=0.5, rewritten=0.3, thought=0.2
+        edits=0.3, fusions=0.06, questions=0.1, characters=0.3, complete=0.5, rewritten=0.3, thought=0.2
     ),
     optimiser=OptimiserConfig(rate=1e-3, muon_rate=2e-3, ema=0.998),
-    steps=2400,
+    steps=2000,
     warmup=50,
     decay_share=0.8,
     lessons=24576,
     repeats=4,
     shift=2.5,
     uniform=0.5,
-    seed=4,
+    seed=5,
 )
 
 
 def transformer_stage(
     config: TransformerStageConfig, state: Path, vae: Path | None = None, crew: Crew | None = None
 ) -> TransformerStage:
-    """A stage beside the VAE that its state file brings; where there is none, beside that of the first stage's file."""
+    """A stage beside the VAE that its state file brings; where there is none, beside that of `vae`.
+
+    vae: the state of the first stage, or a finished folder.
+    """
     if state.exists():
         return _stage_of(config, load_state(state)["stage"], crew)
     if vae is None or not vae.exists():
-        raise SystemExit("A new transformer needs --from, the state of the VAE's stage.")
-    average = load_state(vae)["stage"]["optimiser"]["average"]
-    return TransformerStage(config, train_tokenizer(), average, crew=crew)
+        raise SystemExit("A new transformer needs --from, the state of the VAE's stage or a finished folder.")
+    before = start_of(vae)
+    scaling = tuple(before["scaling"]) if "scaling" in before else None
+    average = before.get("vae") or before["optimiser"]["average"]
+    return TransformerStage(config, train_tokenizer(), average, scaling, crew=crew)
 
 
 def instruct_stage(
@@ -174,6 +199,8 @@ def distil_stage(config: DistilStageConfig, start: Path | None, crew: Crew | Non
 
 def _undistilled(start: Path) -> Mapping[str, Any]:
     before = start_of(start)
+    if "tokenizer" not in before:
+        raise SystemExit(f"{start} is a state of the VAE's stage; --from takes one of the stage before, or its folder.")
     if before.get("distilled"):
         raise SystemExit(f"{start} is a distilled model; --from takes the stage before that.")
     return before
@@ -198,6 +225,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     state = args.state or Path(f"{args.stage}.pt")
+    if args.stage not in ("compact", "export") and state.exists():
+        saved_as(args.stage, state)
     steps = {"steps": args.steps} if args.steps else {}
     match args.stage:
         case "vae" if Crew.joined().size > 1:
@@ -214,14 +243,18 @@ def main() -> None:
                     stage = instruct_stage(replace(config, **steps), state, args.start, crew)
                 case _:
                     stage = distil_stage(replace(DISTIL, **steps), args.start, crew)
-            train(stage, state, args.minutes, crew)
-        case _ if args.out is None or not state.exists():
+            train(stage, state, args.minutes, crew, args.stage)
+        case _ if args.state is None or args.out is None:
             raise SystemExit("--state and --out say what to read, and what to write.")
+        case _ if not state.exists():
+            raise SystemExit(f"{state} does not exist.")
         case "compact":
             saved = load_state(state)
             save_state(args.out, {**saved, "stage": compact(saved["stage"])})
         case "export":
             saved = load_state(state)["stage"]
+            if "tokenizer" not in saved:
+                raise SystemExit(f"{state} is a state of the VAE's stage, which is no model yet.")
             stage = _stage_of(TransformerStageConfig(distilled=saved.get("distilled", False)), saved)
             stage.restore(saved, plan=False)
             _log.info("%s: step %d", stage.export(args.out), stage.done)

@@ -40,8 +40,8 @@ _GREY = (128, 128, 128)
 def score(candidate: Candidate, tasks: Sequence[Task], modes: Sequence[Mode], dump: Path | None = None) -> Results:
     """Has every task done, drawings once per mode.
 
-    `dump`: a folder for what was drawn and written, made if missing: prompts.jsonl, the table, the pictures, and a
-    sheet for each kind and mode, where the input pictures stand before what was made of them.
+    `dump`: a folder for what was drawn and written, made if missing: prompts.jsonl, the pictures, and a sheet for each
+    kind and mode, where the input pictures stand before what was made of them.
     """
     work = [(task, mode) for task in tasks for mode in (modes if isinstance(task, DrawingTask) else modes[:1])]
     record = None if dump is None else _Dump(dump)
@@ -59,7 +59,7 @@ def score(candidate: Candidate, tasks: Sequence[Task], modes: Sequence[Mode], du
             record.add(task, rows[-1], pictures, **written)
     results = Results(tuple(rows))
     if record is not None:
-        record.finish(results)
+        record.finish()
     return results
 
 
@@ -81,7 +81,8 @@ class _Dump:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.lines: list[str] = []
+        self.prompts = folder / "prompts.jsonl"
+        self.prompts.write_text("", encoding="utf-8")
         self.strips: dict[str, list[Image.Image]] = {}
 
     def add(self, task: Task, result: Result, pictures: Sequence[Image.Image], **written: str) -> None:
@@ -92,11 +93,10 @@ class _Dump:
         pictures[-1].save(self.folder / file)
         strips.append(_side_by_side(pictures))
         line = {"file": file, "prompt": task.text, **written, **asdict(result)}
-        self.lines.append(json.dumps(line, ensure_ascii=False))
+        with self.prompts.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def finish(self, results: Results) -> None:
-        (self.folder / "prompts.jsonl").write_text("\n".join(self.lines) + "\n", encoding="utf-8")
-        (self.folder / "table.md").write_text(f"{results.table}\n\n{results.last_line}\n", encoding="utf-8")
+    def finish(self) -> None:
         for name, strips in self.strips.items():
             _sheet(strips).save(self.folder / f"sheet-{name}.png")
 
@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     add("model", type=Path, metavar="FOLDER", help="checkpoint folder")
     add("--dump", type=Path, help="folder for the pictures and prompts")
     add("--prompts", type=int, default=200, help="prompts; edits, fusions and questions come on top (default: 200)")
+    add("--exam", type=int, default=0, help="which tasks: each number has others of its own (default: 0)")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to draw (default: all)")
     add("--kinds", nargs="+", help="tasks to do, by the beginnings of their kinds: one, edit, ask ... (default: all)")
     add("--vae", action="store_true", help="score only the VAE: true scenes, encoded and decoded")
@@ -155,12 +156,19 @@ def main(argv: list[str] | None = None) -> int:
         if args.vae:
             print(_score_vae(candidate))
             return 0
-        tasks = [task for task in exam(args.prompts) if not args.kinds or task.kind.startswith(tuple(args.kinds))]
+        every = exam(args.prompts, args.exam)
+        tasks = [task for task in every if not args.kinds or task.kind.startswith(tuple(args.kinds))]
+        if not tasks:
+            parser.error(f"--kinds must begin some of {', '.join(dict.fromkeys(task.kind for task in every))}")
         results = score(candidate, tasks, args.modes, args.dump)
+        command = " ".join(["python -m training.score", *(sys.argv[1:] if argv is None else argv)])
+        report = f"`{command}`\n\n{results.table}\n\n{results.last_line}"
+        if args.dump is not None:
+            (args.dump / "table.md").write_text(f"{report}\n", encoding="utf-8")
     except (Hunyuan3Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{results.table}\n\n{results.last_line}")
+    print(report)
     return 0
 
 

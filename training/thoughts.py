@@ -1,8 +1,8 @@
 """Prompts -> what a model should write before it draws: the thought, and the rewrite that decides what is open."""
 
 from .captions import Prompt
-from .marks import WantedObject
 from .scene import Object, Scene
+from .wanted import WantedObject
 from .words import (
     COLOUR_WORDS,
     FORMAT_PHRASES,

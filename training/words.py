@@ -96,7 +96,7 @@ _BACKGROUNDS: dict[Language, dict[str, tuple[str, ...]]] = {
         "gradient": ("从{0}到{1}的渐变背景", "{0}到{1}渐变背景"),
     },
 }
-_BIG = 56  # pixels from which an object is called big
+_SMALL, _BIG = 46, 60  # pixels: below the one an object is called small, from the other on big
 
 
 def article(words: str) -> str:
@@ -109,10 +109,17 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def size_word(item: Object, language: Language) -> str:
-    """How large an object is called."""
-    is_big = item.size >= _BIG
-    return {"en": ("small", "big"), "zh": ("小", "大")}[language][is_big]
+def size_word(size: float, language: Language) -> str:
+    """How large an object of `size` pixels is called; "" for a size that is not worth a word."""
+    if _SMALL <= size < _BIG:
+        return ""
+    return {"en": ("small", "big"), "zh": ("小的", "大的")}[language][size >= _BIG]
+
+
+def named(item: Object, language: Language) -> str:
+    """An object with size and colour, without an article."""
+    words = (size_word(item.size, language), COLOUR_WORDS[language][item.colour], SHAPE_WORDS[language][item.shape])
+    return (" " if language == "en" else "").join(word for word in words if word)
 
 
 def background_phrases(background: Background, language: Language) -> tuple[str, ...]:
@@ -124,20 +131,19 @@ def background_phrases(background: Background, language: Language) -> tuple[str,
 
 def object_phrase(item: Object, where: str, language: Language) -> str:
     """An object with size, colour and place, as descriptions have it."""
-    size, colour = size_word(item, language), COLOUR_WORDS[language][item.colour]
-    shape, place = SHAPE_WORDS[language][item.shape], PLACE_PHRASES[language][where][0]
+    place = PLACE_PHRASES[language][where][0]
     if language == "en":
-        return f"a {size} {colour} {shape} {place}"
-    return f"{place}一个{size}的{colour}{shape}"
+        return f"{article(named(item, language))} {place}"
+    return f"{place}一个{named(item, language)}"
 
 
 def description(scene: Scene, language: Language) -> str:
     """Everything there is to a scene, always in the same words: the format unless square, objects, background."""
     format_name = format_of(scene)
-    named = "" if format_name == "square" else FORMAT_PHRASES[language][format_name]
+    shape = "" if format_name == "square" else FORMAT_PHRASES[language][format_name]
     pairs = zip(scene.objects, scene.places, strict=True)
     objects = [object_phrase(item, where, language) for item, where in pairs]
     background = background_phrases(scene.background, language)[0]
     if language == "en":
-        return capital(", ".join([f"{named}: {objects[0]}" if named else objects[0], *objects[1:], background])) + "."
-    return "，".join([f"{named}：{objects[0]}" if named else objects[0], *objects[1:], background]) + "。"
+        return capital(", ".join([f"{shape}: {objects[0]}" if shape else objects[0], *objects[1:], background])) + "."
+    return "，".join([f"{shape}：{objects[0]}" if shape else objects[0], *objects[1:], background]) + "。"

@@ -13,10 +13,10 @@ Split = Literal["train", "held-out"]
 
 # Names and (height, width): rows 16, 12, 20, 10 and 22 of the resolution table of base size 128.
 FORMATS = {"square": (128, 128), "wide": (96, 160), "tall": (160, 96), "very wide": (80, 176), "very tall": (176, 80)}
-SMALL = (40, 48)  # sides in pixels
-BIG = (64, 72)
+SIZES = (40, 52, 68)  # sides in pixels: small, as a rule, big
 
 _COUNTS = (1, 1, 1, 1, 1, 2, 2, 2, 2, 3)
+_SIZE_WEIGHTS = {1: (2, 5, 3), 2: (3, 6, 1), 3: (6, 4, 0)}
 _CHARACTER_SHARE = 0.15
 _SUITED_SHARE = 0.7
 _FORMAT_WEIGHTS = (5, 2, 2, 1, 1)
@@ -24,7 +24,7 @@ _KIND_WEIGHTS = {"plain": 12, "striped": 2, "checked": 2, "dotted": 2, "gradient
 _CONTRAST = 45.0  # least Lab distance of an object from anything behind it
 _EDGE = 1  # pixels between an object and the border
 _GAP = 2  # pixels between two objects, 6 where their colours are alike
-_GRID = 4  # pixels: places and sizes are a few, so that a small network can know each of them
+_OFF = 2  # pixels that an object is off its place, down or up, right or left
 _INSIDE = 3  # pixels between an object's centre and the border of its third
 _HELD_OUT = 16  # one arrangement of objects in so many is kept from training
 
@@ -64,16 +64,14 @@ def random_scene(
     objects: int | None = None,
     *,
     shapes: Sequence[str] | None = None,
-    format_name: str | None = None,
 ) -> Scene:
     """A scene with `objects` of them (1 to 3; None: mostly one or two).
 
-    `shapes` are those to choose from (None: the basic ones, and in some scenes letters and digits), `format_name` a key
-    of FORMATS (None: mostly the one that suits the places).
+    `shapes` are those to choose from (None: the basic ones, and in some scenes letters and digits).
     """
     count = objects or rng.choice(_COUNTS)
     while True:
-        scene = _attempt(rng, count, shapes, format_name)
+        scene = _attempt(rng, count, shapes)
         if scene is not None and fits(scene):
             return scene
 
@@ -130,7 +128,7 @@ def random_background(rng: random.Random) -> Background:
 
 
 def put(rng: random.Random, shape: str, colour: str, size: int, where: str, width: int, height: int) -> Object | None:
-    """An object at a named place, at random a step off its middle; None where it is too large for the place."""
+    """An object at a named place, a little off its middle; None where it is too large for the place."""
     row, column = row_and_column(where)
     x = _coordinate(rng, column, size, width)
     y = _coordinate(rng, row, size, height)
@@ -150,8 +148,8 @@ def random_object(rng: random.Random, count: int, width: int, height: int) -> Ob
 
 
 def random_size(rng: random.Random, count: int) -> int:
-    """A side in pixels: small, or big where there is one object, sometimes where there are two."""
-    return rng.choice(BIG if rng.random() < {1: 0.5, 2: 0.15, 3: 0.0}[count] else SMALL)
+    """A side in pixels; more small ones, and fewer big ones, where there are more objects."""
+    return rng.choices(SIZES, _SIZE_WEIGHTS[count])[0]
 
 
 def lab_distance(first: Sequence[float], second: Sequence[float]) -> float:
@@ -159,12 +157,11 @@ def lab_distance(first: Sequence[float], second: Sequence[float]) -> float:
     return sum((a - b) ** 2 for a, b in zip(_lab(first), _lab(second), strict=True)) ** 0.5
 
 
-def _attempt(rng: random.Random, count: int, shapes: Sequence[str] | None, format_name: str | None) -> Scene | None:
-    """A scene that may not fit; None where an object is too large for its place."""
+def _attempt(rng: random.Random, count: int, shapes: Sequence[str] | None) -> Scene | None:
+    """A scene that may not fit, mostly of the format that suits it; None where an object is too large for its place."""
     places = rng.sample([name for row in PLACES for name in row], count)
-    if format_name is None:
-        suited = rng.random() < _SUITED_SHARE
-        format_name = suited_format(places) if suited else rng.choices(list(FORMATS), _FORMAT_WEIGHTS)[0]
+    suited = rng.random() < _SUITED_SHARE
+    format_name = suited_format(places) if suited else rng.choices(list(FORMATS), _FORMAT_WEIGHTS)[0]
     height, width = FORMATS[format_name]
     shapes = shapes or random_shapes(rng)
     colours = [rng.choice(list(COLOURS)) for _ in places]
@@ -191,7 +188,7 @@ def _coordinate(rng: random.Random, third: int, size: int, side: int) -> int | N
     if low > high:
         return None
     middle = min(max(round((third + 0.5) * side / 3), low), high)
-    return min(max(_GRID * (round(middle / _GRID) + rng.randint(-1, 1)), low), high)
+    return min(max(middle + rng.choice((-_OFF, _OFF)), low), high)
 
 
 def _overlap(one: Object, other: Object, gap: int) -> bool:

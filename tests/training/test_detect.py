@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("scipy")
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -11,8 +12,9 @@ from PIL import Image, ImageFilter
 
 from training.detect import detect
 from training.draw import draw, draw_array
-from training.marks import Wanted, answer_right, preservation, rewrite_right, score_scene
+from training.marks import answer_right, preservation, rewrite_right, score_scene
 from training.scene import BACKGROUND_KINDS, COLOURS, SHAPES, Background, Object, Scene
+from training.wanted import Wanted
 from training.words import description
 from training.world import fits, scenes, stands_out
 
@@ -89,6 +91,20 @@ def test_a_wrong_place_is_noticed():
     assert (marks.colour, marks.shape, marks.place, marks.objects, marks.all) == (1, 1, 0.5, 0.5, 0)
 
 
+def test_a_wrong_size_is_reported_alone():
+    marks = marks_of(BOTH.with_object(0, size=70), BOTH)
+    assert (marks.size, marks.objects, marks.all) == (0.5, 1, 1)
+
+
+def test_a_colour_that_is_none_is_none():
+    black = Scene(128, 128, WHITE, (replace(CIRCLE, colour="black"),))
+    picture = draw(black)
+    grey = Image.blend(picture, Image.new("RGB", picture.size, COLOURS["white"]), 0.5)
+    assert [(item.shape, item.colour) for item in detect(grey).objects] == [("circle", None)]
+    marks = score_scene(detect(grey), Wanted.whole(black))
+    assert (marks.colour, marks.shape, marks.all) == (0, 1, 0)
+
+
 def test_a_missing_and_a_superfluous_object_are_noticed():
     one = Scene(128, 128, WHITE, (CIRCLE,))
     missing = marks_of(one, BOTH)
@@ -143,11 +159,23 @@ def test_preservation_counts_what_changed_elsewhere():
 def test_a_rewrite_is_right_when_it_names_the_objects_and_no_others(language):
     text = description(BOTH, language)
     assert rewrite_right(text, BOTH, language)
-    assert rewrite_right(description(BOTH.with_object(0, size=64), language), BOTH, language)
-    for change in ({"colour": "green"}, {"shape": "ring"}, {"x": 64}):
+    pink = Scene(128, 128, Background("striped", "white", "pink"), BOTH.objects)
+    assert rewrite_right(description(pink, language), BOTH, language)
+    tall = replace(BOTH, width=96, height=160, objects=(replace(CIRCLE, x=48, y=40),))
+    assert rewrite_right(description(tall, language), tall, language)
+    for change in ({"colour": "green"}, {"shape": "ring"}, {"x": 64}, {"size": 68}):
         assert not rewrite_right(description(BOTH.with_object(1, **change), language), BOTH, language)
     assert not rewrite_right(text, Scene(128, 128, WHITE, (CIRCLE,)), language)
     assert not rewrite_right("", BOTH, language)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_place_that_only_begins_alike_is_wrong(language):
+    """ "At the top" is not "at the top left", in either direction."""
+    top, corner = (Scene(128, 128, WHITE, (replace(CIRCLE, x=x, y=24),)) for x in (64, 24))
+    assert rewrite_right(description(top, language), top, language)
+    assert not rewrite_right(description(corner, language), top, language)
+    assert not rewrite_right(description(top, language), corner, language)
 
 
 def test_answers_are_compared_by_their_words():

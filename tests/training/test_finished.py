@@ -22,7 +22,7 @@ def test_a_folder_gives_back_what_was_exported(small_stage, tmp_path):
     assert tuple(state["scaling"]) == stage.scaling
 
 
-def test_the_third_stage_begins_with_it(small_stage, tmp_path, monkeypatch):
+def test_the_third_stage_begins_with_it(small_stage, tmp_path):
     first = small_stage()
     folder = first.export(tmp_path / "folder")
     config = first.config

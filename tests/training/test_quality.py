@@ -50,6 +50,13 @@ def test_every_format_step_cache_and_number_of_steps_is_there(tmp_path):
     assert sum("step cache" in name for name in names) == 3
 
 
+def test_a_missing_distilled_folder_is_found_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quality.Candidate, "draw", lambda *_args: pytest.fail("something was drawn"))
+    folder = make_tiny(tmp_path / "tiny", "instruct")
+    assert quality.main([str(folder), "--prompts", "2", "--distil", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_none_is_an_error(tmp_path, capsys):
     assert quality.main([str(tmp_path)]) == 1
     assert "config.json" in capsys.readouterr().err

@@ -71,9 +71,22 @@ def test_the_command_scores_a_checkpoint(tmp_path, capsys):
     command = [str(folder), "--prompts", "1", "--kinds", "one", "ask colour", "--modes", "direct", "--steps", "1"]
     assert main([*command, "--dump", str(tmp_path / "dump")]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[0].startswith("| kind | mode | n | count | colour | shape | place | all |")
+    assert lines[0] == f"`python -m training.score {' '.join(command)} --dump {tmp_path / 'dump'}`"
+    assert lines[2].startswith("| kind | mode | n | count | colour | shape | place | all | size |")
+    assert (tmp_path / "dump" / "table.md").read_text(encoding="utf-8").splitlines() == lines
     assert lines[-1] == "score: one-object 0.00 two-object - edit - ask 0.00"
     assert (tmp_path / "dump" / "one-direct-000.png").exists()
+
+
+def test_only_direct_drawings_count_in_the_last_line():
+    results = score(perfect(), exam(20)[:30], ["rewrite"])
+    assert results.last_line == "score: one-object - two-object - edit - ask 1.00"
+
+
+def test_kinds_that_are_none_are_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(make_tiny(tmp_path / "tiny")), "--prompts", "1", "--kinds", "edits"])
+    assert "edit recolour" in capsys.readouterr().err
 
 
 def test_a_missing_folder_is_named(tmp_path, capsys):

@@ -10,9 +10,9 @@ import torch
 from hunyuan3.pipeline import Hunyuan3
 from training.lessons import Curriculum
 from training.optimiser import Optimiser, OptimiserConfig, orthogonalised, trapezoid
-from training.run import Stage, train
+from training.run import Stage, instruct_stage, train, transformer_stage
 from training.state import compact, load_state, save_state
-from training.transformer import TransformerStage, noise_levels
+from training.transformer import TransformerStage, TransformerStageConfig, noise_levels
 from training.vae import VAEStage, VAEStageConfig
 
 INSTRUCT = Curriculum(edits=0.3, fusions=0.1, questions=0.3)
@@ -78,6 +78,30 @@ def test_a_run_stops_at_the_last_step_and_logs(tmp_path: Path) -> None:
     assert load_state(tmp_path / "vae.pt")["stage"]["done"] == 2
 
 
+def test_another_stages_state_is_refused_and_kept(tmp_path: Path) -> None:
+    stage = VAEStage(replace(TINY_STAGE, steps=1), torch.float32)
+    train(stage, tmp_path / "vae.pt", minutes=5)
+    before = (tmp_path / "vae.pt").read_bytes()
+    with pytest.raises(SystemExit, match="is a state of the stage 'vae', not of 'polish'"):
+        train(stage, tmp_path / "vae.pt", minutes=5, name="polish")
+    assert (tmp_path / "vae.pt").read_bytes() == before
+    with pytest.raises(SystemExit, match="a state of the VAE's stage"):
+        instruct_stage(TransformerStageConfig(), tmp_path / "none.pt", tmp_path / "vae.pt")
+
+
+def test_a_log_forgets_the_steps_that_a_killed_run_does_again(tmp_path: Path) -> None:
+    train(VAEStage(replace(TINY_STAGE, steps=2), torch.float32), tmp_path / "vae.pt", minutes=5)
+    with (tmp_path / "vae.csv").open("a") as log:
+        log.write("3,9,0,0,0,0,0\n")
+    train(VAEStage(replace(TINY_STAGE, steps=3), torch.float32), tmp_path / "vae.pt", minutes=5)
+    steps = [line.split(",")[0] for line in (tmp_path / "vae.csv").read_text().splitlines()]
+    assert steps == ["step", "2", "3"]
+    (tmp_path / "vae.pt").unlink()
+    train(VAEStage(replace(TINY_STAGE, steps=1), torch.float32), tmp_path / "vae.pt", minutes=5)
+    steps = [line.split(",")[0] for line in (tmp_path / "vae.csv").read_text().splitlines()]
+    assert steps == ["step", "1"]
+
+
 def test_compact_state_goes_on(small_stage: Callable[..., TransformerStage], tmp_path: Path) -> None:
     stage = small_stage()
     stage.step()
@@ -104,6 +128,16 @@ def test_export_draws(small_stage: Callable[..., TransformerStage], tmp_path: Pa
     router = model.folder.index["model.layers.0.mlp.gate.wg.weight"]
     assert router.dtype == "F32"
     assert model.folder.index["lm_head.weight"].dtype == "BF16"
+
+
+def test_a_transformer_begins_beside_the_vae_of_a_finished_folder(
+    small_stage: Callable[..., TransformerStage], tmp_path: Path
+) -> None:
+    finished = small_stage()
+    folder = finished.export(tmp_path / "tiny")
+    begun = transformer_stage(finished.config, tmp_path / "none.pt", folder)
+    assert begun.scaling == finished.scaling
+    assert all(torch.equal(tensor, finished.vae_state[name]) for name, tensor in begun.vae_state.items())
 
 
 def test_noise_levels_cover_the_range() -> None:

@@ -12,18 +12,25 @@ from hunyuan3.image.resolution import ResolutionTable
 from training.captions import random_prompt
 from training.edits import EDIT_KINDS, random_edit
 from training.fusion import random_fusion
-from training.marks import Wanted
+from training.lessons import make_lessons
 from training.questions import QUESTION_KINDS, random_question
+from training.run import INSTRUCT, POLISH
 from training.scene import COLOURS, PLACES, place
 from training.thoughts import rewrite, thought
 from training.tokenizer import train_tokenizer
-from training.words import COLOUR_WORDS, SHAPE_WORDS, background_phrases
+from training.wanted import Wanted
+from training.words import COLOUR_WORDS, PLACE_PHRASES, SHAPE_WORDS, background_phrases, description, size_word
 from training.world import FORMATS, fits, format_of, is_held_out, put, scenes, stream, suited_format
 
 
 def arrangement(scene):
     pairs = zip(scene.objects, scene.places, strict=True)
     return tuple(sorted((item.shape, item.colour, where) for item, where in pairs))
+
+
+def last_words(phrase, language):
+    """A place without "in the", which "move to the" replaces."""
+    return phrase.split(" the ")[1] if language == "en" else phrase
 
 
 def test_the_same_seed_gives_the_same_scenes_and_texts():
@@ -46,9 +53,17 @@ def test_what_training_shows_is_never_held_out():
     for _ in range(40):
         edit = random_edit(rng, "train")
         assert not is_held_out(edit.before) and not is_held_out(edit.after)
-        assert not is_held_out(random_fusion(rng, "train").after)
+        fusion = random_fusion(rng, "train")
+        assert not any(map(is_held_out, (*fusion.inputs, fusion.after)))
         assert not is_held_out(random_question(rng, "train").scene)
         assert is_held_out(random_question(rng, "held-out").scene)
+
+
+@pytest.mark.parametrize("stage", [INSTRUCT, POLISH])
+def test_no_lesson_shows_a_held_out_scene(stage):
+    scenes, lessons = make_lessons(random.Random(0), 1500, stage.curriculum)
+    assert len(lessons) >= 1500
+    assert not any(map(is_held_out, scenes))
 
 
 def test_formats_are_rows_of_the_resolution_table():
@@ -81,6 +96,14 @@ def test_prompts_name_what_they_want_and_nothing_else():
         behind = prompt.wanted.background
         named = {wish.colour for wish in prompt.wanted.objects} | {behind and behind.colour, behind and behind.second}
         assert set(re.findall("|".join(COLOURS), prompt.text.lower())) == named - {None}
+        sizes = sorted(word for item in scene.objects if (word := size_word(item.size, "en")))
+        assert sorted(re.findall(r"\b(?:small|big)\b", prompt.text.lower())) == sizes
+        whole = description(scene, "en")
+        assert sorted(re.findall(r"\b(?:small|big)\b", whole.lower())) == sizes
+        assert all(PLACE_PHRASES["en"][where][0] in whole for where in scene.places)
+        for wish in prompt.wanted.objects:
+            if wish.place:
+                assert any(phrase in prompt.text for phrase in PLACE_PHRASES["en"][wish.place])
         complete = random_prompt(rng, scene, complete=True)
         assert all(wish.colour and wish.place for wish in complete.wanted.objects)
 
@@ -102,6 +125,22 @@ def test_edits_change_what_they_say(kind):
         assert edit.wanted == Wanted.whole(edit.after)
         kept = set(edit.before.objects) & set(edit.after.objects)
         assert set(edit.before.objects) | set(edit.after.objects) == kept | set(edit.changed)
+        language, text, said = edit.language, edit.text.lower(), edit.summary.lower()
+        if kind == "background":
+            phrases = [phrase.lower() for phrase in background_phrases(edit.after.background, language)]
+            assert any(phrase in text for phrase in phrases) and phrases[0] in said
+            continue
+        then = edit.changed[-1]  # as it is, or was
+        assert SHAPE_WORDS[language][then.shape].lower() in text
+        assert SHAPE_WORDS[language][then.shape].lower() in said
+        if kind in ("recolour", "add"):
+            assert COLOUR_WORDS[language][then.colour] in text
+            assert COLOUR_WORDS[language][then.colour] in said
+        if kind == "add":
+            assert size_word(then.size, language) in text
+        if kind == "move":
+            where = edit.after.places[edit.after.objects.index(then)]
+            assert any(last_words(phrase, language) in text for phrase in PLACE_PHRASES[language][where])
 
 
 def test_fusions_take_shape_colour_and_background():
@@ -129,11 +168,16 @@ def test_the_thought_of_a_fusion_says_what_comes_from_where():
 
 
 def test_scenes_have_few_sizes_and_places():
-    items = [
-        item for scene in islice(scenes("train", 3, 1), 600) if scene.width == scene.height for item in scene.objects
-    ]
-    assert {item.size for item in items} == {40, 48, 64, 72}
-    assert len({item.x for item in items}) <= 20
+    found = {}
+    for scene in islice(scenes("train", 3, 1), 1000):
+        if scene.width == scene.height:
+            (item,) = scene.objects
+            found.setdefault(item.size, set()).add(item.x)
+    assert found == {
+        40: {21, 23, 62, 66, 105, 107},
+        52: {27, 29, 62, 66, 99, 101},
+        68: {35, 37, 62, 66, 91, 93},
+    }
 
 
 @pytest.mark.parametrize("kind", QUESTION_KINDS)
@@ -141,12 +185,28 @@ def test_questions_have_true_answers(kind):
     rng = stream("train", 8)
     for _ in range(60):
         question = random_question(rng, "train", kind)
-        if question.language == "zh" or kind != "count":
-            continue
-        words = {"One.": 1, "Two.": 2, "Three.": 3}
-        shapes = [f"{item.shape}s" in question.text for item in question.scene.objects]
-        number = len(shapes) if "objects" in question.text else sum(shapes)
-        assert words[question.answer] == number
+        language, scene = question.language, question.scene
+        about = [item for item in scene.objects if SHAPE_WORDS[language][item.shape].lower() in question.text.lower()]
+        match kind:
+            case "count":
+                words = {"One.": 1, "Two.": 2, "Three.": 3, "一个。": 1, "两个。": 2, "三个。": 3}
+                assert words[question.answer] == len(about or scene.objects)
+            case "colour":
+                (item,) = about
+                assert question.answer.lower().rstrip(".。") == COLOUR_WORDS[language][item.colour]
+            case "place":
+                (item,) = about
+                where = scene.places[scene.objects.index(item)]
+                assert question.answer.lower().rstrip(".。") == PLACE_PHRASES[language][where][0]
+            case "shape":
+                asked = max(
+                    (where for where in scene.places if PLACE_PHRASES[language][where][0] in question.text), key=len
+                )
+                item = scene.objects[scene.places.index(asked)]
+                for word in (COLOUR_WORDS[language][item.colour], SHAPE_WORDS[language][item.shape]):
+                    assert word.lower() in question.answer.lower()
+            case _:
+                assert question.answer == description(scene, language)
 
 
 def test_texts_are_short_in_tokens_and_come_back_whole():
