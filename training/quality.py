@@ -1,6 +1,7 @@
 """What formats, precisions, step caches and fewer steps cost, on pictures that mean something: docs/quality.md.
 
-    python -m training.quality checkpoints/hunyuan3-tiny-instruct --out docs/quality.md
+    python -m training.quality checkpoints/hunyuan3-tiny-instruct --distil checkpoints/hunyuan3-tiny-distil \\
+        --out docs/quality.md
 
 Each setting draws the same held-out prompts from the same seeds as the reference (the weights as published, float32
 arithmetic, the checkpoint's own steps). A setting can cost likeness (the picture is another one) without costing score
