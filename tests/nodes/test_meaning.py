@@ -132,33 +132,32 @@ def test_what_is_written_names_what_was_asked_for_and_is_drawn(server: ComfyServ
 
 
 CIRCLE = at("middle", "circle", "red")
-STAR = at("bottom right", "star", "purple", 40)
-PAIR = scene("yellow", CIRCLE, STAR)
-EDITED = (  # (what is asked, what becomes of PAIR)
-    ("Turn the circle blue.", scene("yellow", replace(CIRCLE, colour="blue"), STAR)),
-    ("Make the circle green.", scene("yellow", replace(CIRCLE, colour="green"), STAR)),
-    ("Remove the star.", scene("yellow", CIRCLE)),
-    ("Change the background to a plain white background.", scene("white", CIRCLE, STAR)),
+ONE = scene("yellow", CIRCLE)
+EDITED = (  # (what is asked, what becomes of ONE)
+    ("Turn the circle blue.", scene("yellow", replace(CIRCLE, colour="blue"))),
+    ("Make the circle green.", scene("yellow", replace(CIRCLE, colour="green"))),
+    ("Change the background to a plain white background.", scene("white", CIRCLE)),
 )
 
 
 @both
 def test_an_edit_changes_what_was_asked_for_and_leaves_the_rest(server: ComfyServer, variant: str):
+    """Colour, shape, place and size of the object, the background, and the pixels that should stay."""
     right = 0
     for text, expected in EDITED:
         ran = run(
             server,
             f"edit_picture{variant}",
-            PAIR,
+            ONE,
             PrimitiveStringMultiline={"value": text},
             Hunyuan3Think={"task": "recaption", "seed": 1},
             Hunyuan3Sampler={"seed": 1},
         )
         assert ran.picture is not None
         assert ran.picture.shape == (128, 128, 3)  # that of the picture
+        assert preservation(draw_array(ONE), draw_array(expected), ran.picture) > 0.95
         marks = score_scene(ran.found, Wanted.whole(expected))
-        kept = preservation(draw_array(PAIR), draw_array(expected), ran.picture)
-        right += marks.all == marks.background == 1 and kept > 0.9
+        right += marks.all == marks.size == marks.background == 1
     assert right >= len(EDITED) - 1
 
 
@@ -181,10 +180,11 @@ def test_fusion_takes_something_of_each_of_three_pictures(server: ComfyServer, v
             scene("yellow", at("middle", "square", colour)),
             scene(background, at("middle", "ring", "black")),
             PrimitiveStringMultiline={"value": "Draw the first shape in the second color on the third background."},
-            Hunyuan3Think={"task": "recaption", "seed": 1},
+            Hunyuan3Think={"task": "img_ratio", "seed": 1},  # of its rewrites about three pictures half are right
             Hunyuan3Sampler={"seed": 1},
         ).found
         assert (found.background.kind, found.background.colour) == ("plain", background)
+        assert found.objects[0].place == "middle"
         right += (found.objects[0].colour, found.objects[0].shape) == (colour, shape)
     assert right >= len(FUSED) - 1
 
