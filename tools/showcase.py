@@ -30,6 +30,7 @@ class Show:
 
     texts: tuple[str, ...]
     pictures: tuple[Scene, ...] = ()
+    thinks: bool = True  # before it rewrites; what the tiny ones think of pictures that they see is often wrong
 
 
 def scene(background: str, *objects: Object) -> Scene:
@@ -46,12 +47,12 @@ def at(where: str, shape: str, colour: str, size: int = 52) -> Object:
 
 _CIRCLE = scene("yellow", at("middle", "circle", "red"))
 _FUSED = (
-    scene("white", at("middle", "star", "red", 68)),
-    scene("yellow", at("middle", "square", "blue")),
-    scene("green", at("middle", "circle", "white")),
+    scene("pink", at("middle", "star", "purple", 68)),
+    scene("yellow", at("middle", "square", "red")),
+    scene("blue", at("middle", "ring", "black")),
 )
 _FUSION = "Draw the first shape in the second color on the third background."
-_DRAWN = "a purple triangle at the bottom left and a yellow star at the top right on a green background"
+_DRAWN = "a blue circle at the top left and a red heart at the bottom right on a white background"
 SHOWS = {
     "text_to_image": Show((_DRAWN,)),
     "text_to_image_instruct": Show((_DRAWN,)),
@@ -61,10 +62,10 @@ SHOWS = {
     "think_and_draw_distil": Show(("a star",)),
     "edit_picture": Show(("Turn the circle blue.",), (_CIRCLE,)),
     "edit_picture_distil": Show(("Turn the circle blue.",), (_CIRCLE,)),
-    "fuse_three": Show((_FUSION,), _FUSED),
-    "fuse_three_distil": Show((_FUSION,), _FUSED),
+    "fuse_three": Show((_FUSION,), _FUSED, thinks=False),
+    "fuse_three_distil": Show((_FUSION,), _FUSED, thinks=False),
     "ask_picture": Show(("What does it show?",), (_CIRCLE,)),
-    "multi_turn_edit": Show(("a red circle", "Make the circle blue.")),
+    "multi_turn_edit": Show(("a red circle in the middle on a yellow background", "Turn the circle blue."), thinks=False),
 }
 _TEXTS = {"PrimitiveStringMultiline": "value", "Hunyuan3Conditioning": "prompt", "Hunyuan3Ask": "prompt"}
 _WRITERS = ("Hunyuan3Think", "Hunyuan3Ask")
@@ -86,6 +87,8 @@ def asked(name: str, prompt: Mapping[str, Mapping[str, Any]], folder: Path) -> d
             given[_TEXTS[kind]] = texts.pop(0)
         if kind in _WRITERS:
             given["max_new_tokens"] = _MOST_TOKENS
+        if kind == "Hunyuan3Think" and not show.thinks:
+            given["task"] = "recaption"
         if kind == "LoadImage":
             file = f"{name}_{number}.png"
             draw(pictures.pop(0)).save(folder / file)

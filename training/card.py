@@ -39,7 +39,7 @@ Data, stages, losses and the commands that train it again are described in `trai
 ## Scores
 
 By a detector that uses no network, on held-out arrangements of objects. "all": the count is right, and every object's
-colour, shape and place. The VAE alone, on true scenes encoded and decoded, reaches the {ceiling}.
+colour, shape and place. What the VAE allows (true scenes, encoded and decoded): {ceiling}.
 
 {scores}
 
@@ -61,7 +61,7 @@ def card(folder: Path, logs: Sequence[Path], scores: str = "", ceiling: str = ""
         how=_DISTILLED if ModelFolder.open(folder).config.cfg_distilled else "",
         parts=_parts(folder),
         scores=scores.strip() or "Not scored yet.",
-        ceiling=ceiling.strip() or "ceiling that was not measured yet",
+        ceiling=ceiling.strip().removeprefix("ceiling: ") or "not measured yet",
         logs="\n\n".join(_log(log) for log in logs),
     )
 

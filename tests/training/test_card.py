@@ -16,7 +16,7 @@ def test_card_counts_weights_and_thins_logs(small_stage: Callable[..., Transform
     log = tmp_path / "transformer.csv"
     log.write_text("step,seconds,flow\n" + "".join(f"{10 * i},{60 * i},0.5\n" for i in range(1, 101)))
     text = card(folder, [log], "| one | 0.5 |", "ceiling: one-object 0.99")
-    assert "reaches the ceiling: one-object 0.99." in text
+    assert "encoded and decoded): one-object 0.99." in text
     assert "# hunyuan3-tiny-test" in text
     assert "| one | 0.5 |" in text
     assert "`transformer`: 1000 steps in 100 minutes." in text
