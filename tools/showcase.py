@@ -65,7 +65,7 @@ SHOWS = {
     "fuse_three": Show((_FUSION,), _FUSED, thinks=False),
     "fuse_three_distil": Show((_FUSION,), _FUSED, thinks=False),
     "ask_picture": Show(("What does it show?",), (_CIRCLE,)),
-    "multi_turn_edit": Show(("a red circle in the middle on a yellow background", "Turn the circle blue."), thinks=False),
+    "multi_turn_edit": Show(("a red circle on a yellow background", "Turn the circle blue."), thinks=False),
 }
 _TEXTS = {"PrimitiveStringMultiline": "value", "Hunyuan3Conditioning": "prompt", "Hunyuan3Ask": "prompt"}
 _WRITERS = ("Hunyuan3Think", "Hunyuan3Ask")
