@@ -146,12 +146,12 @@ def test_it_learns_the_teachers_flow(small_distil: Callable[..., DistilStage]) -
 
 def test_resuming_changes_no_bit(small_distil: Callable[..., DistilStage], tmp_path: Path) -> None:
     """Pictures, edits and answers, with the teacher from the start again."""
-    curriculum = Curriculum(edits=0.3, questions=0.3)
-    first = small_distil(torch.bfloat16, curriculum=curriculum, lessons=30, repeats=1)
-    records = [first.step() for _ in range(9)]
+    curriculum = Curriculum(edits=0.25, questions=0.25)
+    first = small_distil(torch.bfloat16, curriculum=curriculum, lessons=60, repeats=1)
+    records = [first.step() for _ in range(14)]
     assert {"flow", "flow_shown", "answer", "words"} <= {key for record in records for key in record}
     save_state(tmp_path / "state.pt", {"stage": first.state()})
-    second = small_distil(torch.bfloat16, curriculum=curriculum, lessons=30, repeats=1)
+    second = small_distil(torch.bfloat16, curriculum=curriculum, lessons=60, repeats=1)
     second.restore(load_state(tmp_path / "state.pt")["stage"])
     for _ in range(3):
         assert first.step() == second.step()
