@@ -30,7 +30,7 @@ world drawn by a program: one to three shapes, letters or digits in nine colours
 around 128x128 pixels. It is made to be tried and tested on any machine, and knows nothing but this world. Weights, data
 and texts are our own.{how}
 
-    python -m hunyuan3 draw --model {path} --prompt "a red circle" -o circle.png
+    python -m hunyuan3 draw --model {path} --prompt "a red circle in the middle on a white background"
 
 {parts}
 

@@ -157,9 +157,11 @@ def main(argv: list[str] | None = None) -> int:
             print(_score_vae(candidate))
             return 0
         every = exam(args.prompts, args.exam)
+        for kind in args.kinds or ():
+            if not any(task.kind.startswith(kind) for task in every):
+                kinds = ", ".join(dict.fromkeys(task.kind for task in every))
+                parser.error(f"--kinds {kind} begins none of {kinds}")
         tasks = [task for task in every if not args.kinds or task.kind.startswith(tuple(args.kinds))]
-        if not tasks:
-            parser.error(f"--kinds must begin some of {', '.join(dict.fromkeys(task.kind for task in every))}")
         results = score(candidate, tasks, args.modes, args.dump)
         command = " ".join(["python -m training.score", *(sys.argv[1:] if argv is None else argv)])
         report = f"`{command}`\n\n{results.table}\n\n{results.last_line}"

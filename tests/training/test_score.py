@@ -85,7 +85,7 @@ def test_only_direct_drawings_count_in_the_last_line():
 
 def test_kinds_that_are_none_are_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main([str(make_tiny(tmp_path / "tiny")), "--prompts", "1", "--kinds", "edits"])
+        main([str(make_tiny(tmp_path / "tiny")), "--prompts", "1", "--kinds", "one", "edits"])
     assert "edit recolour" in capsys.readouterr().err
 
 
