@@ -120,8 +120,8 @@ Measured with the tiny checkpoint [{folder.name}](../{folder.as_posix()}/README.
 "One object" and "two objects": share of pictures in which every object has the colour, shape and place that was asked
 for; "background": of the pictures whose prompt names one, those that have it. PSNR and SSIM compare with the
 reference's picture of the same seed: a setting can cost likeness (it is another picture) without costing score (it is
-as right). Of {each} pictures of a kind one counts {1 / each:.2f}: scores that differ by less than about 0.15 do not differ;
-likeness tells the order. And a model of five million numbers is not one of eighty billion.
+as right). Of {each} pictures of a kind one counts {1 / each:.2f}: scores that differ by less than about
+0.15 do not differ; likeness tells the order. And a model of five million numbers is not one of eighty billion.
 
 {table(done)}
 """
