@@ -73,10 +73,15 @@ def settings(steps: int, distil: Path | None = None) -> list[Setting]:
 def quality(
     folder: Path, tasks: Sequence[DrawingTask], wanted: Sequence[Setting], seed: int = 0
 ) -> Iterator[tuple[Setting, Drawn]]:
-    """Draws the tasks in every setting. All settings are opened before the first drawing, so that none fails late."""
-    models = [Hunyuan3.open(setting.folder or folder, **({"dtype": "float32"} | setting.load)) for setting in wanted]
-    for setting, model in zip(wanted, tqdm(models, desc="quality", unit="setting"), strict=True):
-        candidate = Candidate(model, setting.sampling, seed)
+    """Draws the tasks in every setting. Each is opened once before the first drawing, so that none fails late."""
+
+    def opened(setting: Setting) -> Hunyuan3:
+        return Hunyuan3.open(setting.folder or folder, **({"dtype": "float32"} | setting.load))
+
+    for setting in wanted:
+        opened(setting)  # reads no weights, and nothing is kept
+    for setting in tqdm(wanted, desc="quality", unit="setting"):
+        candidate = Candidate(opened(setting), setting.sampling, seed)
         drawings = [candidate.draw(task, "direct") for task in tasks]
         results = [
             judge(task, "direct", drawing, candidate.rows) for task, drawing in zip(tasks, drawings, strict=True)
