@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from hunyuan3.writing import TextRequest, answering, choosing_ratio, thinking
 
 from .draw import draw
 from .exam import DrawingTask, QuestionTask
+from .lessons import Mode
 
-Mode = Literal["direct", "rewrite", "think"]
 MODES: tuple[Mode, ...] = ("direct", "rewrite", "think")
 _STAGES = {"rewrite": "recaption", "think": "think_recaption"}
 _MOST_TOKENS = 160  # the longest thought with its rewrite has about 125

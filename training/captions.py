@@ -1,7 +1,9 @@
 """Scenes -> what somebody might ask for: prompts, short and long, that may leave things open."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from .scene import Object, Scene
 from .wanted import Wanted, WantedObject
@@ -18,10 +20,16 @@ from .words import (
     capital,
     size_word,
 )
-from .world import format_of, suited_format
+from .world import format_of, is_habitual, suited_format
+
+PromptKind = Literal["complete", "open", "short"]
 
 _CHINESE_SHARE = 0.3
-_NAMED = {"colour": 0.75, "place": 0.6, "background": 0.5, "format": 0.2}  # how often a prompt says it
+_SAID: dict[PromptKind, dict[str, float]] = {  # how often a prompt says it
+    "complete": {"colour": 1.0, "place": 1.0, "background": 0.5, "format": 0.2},
+    "open": {"colour": 0.75, "place": 0.6, "background": 0.5, "format": 0.2},
+    "short": {"colour": 1.0, "place": 0.0, "background": 0.0, "format": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -39,37 +47,48 @@ def random_language(rng: random.Random) -> Language:
 
 
 def random_prompt(
-    rng: random.Random, scene: Scene, language: Language | None = None, *, complete: bool = False
+    rng: random.Random,
+    scene: Scene,
+    language: Language | None = None,
+    *,
+    kind: PromptKind = "open",
+    habitual: bool = False,
 ) -> Prompt:
-    """A prompt that the scene answers; `complete` names every object's colour and place.
+    """A prompt that the scene answers.
 
-    It names sizes that are worth a word; the format where that is not the one that suits the places, and at times where
-    it is.
+    kind: "complete" names every object's colour and place, "short" every colour and nothing more, "open" says either,
+    or not. A background may be named or not, but by a short one. All name sizes that are worth a word; the format where
+    that is not the one that suits the places, and at times where it is.
+    habitual: leave places open only where they are the habitual ones (`world.HABITS`).
     """
     language = language or random_language(rng)
     words = _English(rng) if language == "en" else _Chinese(rng)
     sizes = [size_word(item.size, language) for item in scene.objects]
-    plural = not complete and len(scene.objects) > 1 and rng.random() < 0.4
+    silent = not habitual or is_habitual(scene)  # whether places may go unsaid
+    says = _SAID[kind] if silent else {**_SAID[kind], "place": 1.0}
+    plural = kind != "complete" and silent and len(scene.objects) > 1 and rng.random() < 0.4
+    if kind == "short":
+        plural = plural and len({item.colour for item in scene.objects}) == 1
     if plural and len({item.shape for item in scene.objects}) == 1 and not any(sizes):
         wanted, phrases = _several(words, scene)
     else:
         pairs = list(zip(scene.objects, scene.places, strict=True))
-        wishes = [_wish(rng, item, where, complete) for item, where in pairs]
+        wishes = [_wish(rng, item, where, says) for item, where in pairs]
         phrases = [words.object(*args) for args in zip(scene.objects, wishes, strict=True)]
         wanted = tuple(wishes)
-    background = scene.background if rng.random() < _NAMED["background"] else None
+    background = scene.background if rng.random() < says["background"] else None
     backdrop = None if background is None else rng.choice(background_phrases(background, language))
     format_name = format_of(scene)
     is_suited = format_name == suited_format(scene.places)
     named = None
-    if not is_suited or rng.random() < _NAMED["format"]:
+    if not is_suited or rng.random() < says["format"]:
         named = FORMAT_PHRASES[language][format_name]
     return Prompt(words.sentence(phrases, backdrop, named), language, Wanted(wanted, background))
 
 
-def _wish(rng: random.Random, item: Object, where: str, complete: bool) -> WantedObject:
-    colour = item.colour if complete or rng.random() < _NAMED["colour"] else None
-    place = where if complete or rng.random() < _NAMED["place"] else None
+def _wish(rng: random.Random, item: Object, where: str, says: Mapping[str, float]) -> WantedObject:
+    colour = item.colour if says["colour"] == 1 or rng.random() < says["colour"] else None
+    place = where if says["place"] == 1 or rng.random() < says["place"] else None
     return WantedObject(item.shape, colour, place, size_word(item.size, "en"))
 
 

@@ -48,7 +48,11 @@ class FoundObject:
 
 @dataclass(frozen=True)
 class Found:
-    """What a picture shows; the objects from the largest to the smallest."""
+    """What a picture shows; the objects from the largest to the smallest.
+
+    A background of which a colour is far from all names has that of no name (""), which no background that is asked for
+    has.
+    """
 
     width: int
     height: int
@@ -66,7 +70,7 @@ def detect(picture: Image.Image | np.ndarray) -> Found:
     blobs = _blobs(backdrop.differs(lab), label)
     objects = [_look_at(blob, blobs, rgb, backdrop.predicted) for blob in blobs]
     objects = sorted((item for item in objects if item is not None), key=lambda item: -item.size)
-    return Found(width, height, backdrop.background, tuple(objects))
+    return Found(width, height, backdrop.named(), tuple(objects))
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
@@ -114,6 +118,12 @@ class _Backdrop:
                     predicted = first + (second - first) * amount[..., None]
                     yield cls(Background(kind, name, other), predicted, first, second)
 
+    def named(self) -> Background:
+        """The background, as far as its colours have names."""
+        named = self.background
+        second = None if named.second is None else _name(self.second)
+        return Background(named.kind, _name(self.first), second)
+
     def differs(self, lab: np.ndarray) -> np.ndarray:
         """Which pixels are neither of the background's colours nor anything between them, bool [height, width].
 
@@ -133,6 +143,12 @@ def _common(rgb: np.ndarray, label: np.ndarray, where: np.ndarray) -> list[tuple
     counts = np.bincount(labels, minlength=len(NAMES))
     names = [int(name) for name in np.argsort(-counts)[:2] if counts[name] > 0.1 * len(labels)]
     return [(NAMES[name], np.median(values[labels == name], axis=0)) for name in names]
+
+
+def _name(rgb: np.ndarray) -> str:
+    """The name of the colour nearest to RGB values [3]; "" where it is far from all."""
+    distances = np.linalg.norm(to_lab(rgb) - _palette_lab(), axis=-1)
+    return NAMES[int(distances.argmin())] if distances.min() < _NAMED else ""
 
 
 def _nearest_names(lab: np.ndarray) -> np.ndarray:
@@ -173,10 +189,8 @@ def _look_at(blob: np.ndarray, blobs: list[np.ndarray], rgb: np.ndarray, backdro
     shape, likeness = _shape(coverage, x, y, size)
     if likeness < _RIM:
         return None
-    distances = np.linalg.norm(to_lab(colour) - _palette_lab(), axis=-1)
-    name = NAMES[int(distances.argmin())] if distances.min() < _NAMED else None
     where = place(x, y, rgb.shape[1], rgb.shape[0])
-    return FoundObject(shape if likeness >= _LIKENESS else None, name, x, y, size, where, likeness)
+    return FoundObject(shape if likeness >= _LIKENESS else None, _name(colour) or None, x, y, size, where, likeness)
 
 
 def _shape(coverage: np.ndarray, x: float, y: float, size: float) -> tuple[str, float]:

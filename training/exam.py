@@ -14,10 +14,10 @@ from .wanted import Wanted
 from .words import Language
 from .world import split_scene, stream
 
-# Of a hundred prompts, how many are of which kind; edits, fusions and questions come on top.
+# Of a hundred prompts, how many are of which kind; short ones, edits, fusions and questions come on top.
 _PROMPTS = {"one": 35, "two": 35, "three": 10, "letter": 20}
-_OBJECTS = {"one": 1, "two": 2, "three": 3, "letter": 1}
-_EDITS, _FUSIONS, _QUESTIONS = 25, 10, 50
+_OBJECTS = {"one": 1, "two": 2, "three": 3, "letter": 1}  # a short one has any number, mostly one or two
+_SHORT, _EDITS, _FUSIONS, _QUESTIONS = 20, 25, 10, 50
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class DrawingTask:
     """A picture to draw.
 
     Attributes:
-        kind: of a prompt "one", "two", "three" (objects) or "letter"; "edit recolour" and so on; "fuse 2", "fuse 3".
+        kind: of a prompt "one", "two", "three" (objects), "letter" or "short"; "edit recolour" and so on; "fuse 2",
+            "fuse 3".
         scene: one right result: the picture is to have its size, and a rewrite describes it.
         inputs: the scenes of the input pictures.
     """
@@ -60,7 +61,8 @@ def exam(prompts: int = 200, seed: int = 0) -> list[Task]:
     """The tasks for so many prompts, the same for the same numbers: half as many questions, a quarter as many edits.
 
     Every prompt names the colour and the place of each object, so what is right is certain, and an arrangement that
-    training did not see is in its words.
+    training did not see is in its words. Short ones, a fifth on top, name objects and their colours alone; any place is
+    right.
     """
     tasks: list[Task] = []
 
@@ -72,7 +74,7 @@ def exam(prompts: int = 200, seed: int = 0) -> list[Task]:
             made.setdefault((task.text, task.scene), task)
         tasks.extend(made.values())
 
-    for kind, share in _PROMPTS.items():
+    for kind, share in (*_PROMPTS.items(), ("short", _SHORT)):
         add(kind, prompts * share / 100, lambda rng, kind=kind: _prompt(rng, kind))
     for kind in EDIT_KINDS:
         add(f"edit {kind}", prompts * _EDITS / 100 / len(EDIT_KINDS), lambda rng, kind=kind: _edit(rng, kind))
@@ -84,8 +86,9 @@ def exam(prompts: int = 200, seed: int = 0) -> list[Task]:
 
 
 def _prompt(rng: random.Random, kind: str) -> DrawingTask:
-    scene = split_scene(rng, "held-out", _OBJECTS[kind], shapes=LETTERS + DIGITS if kind == "letter" else None)
-    prompt = random_prompt(rng, scene, complete=True)
+    shapes = LETTERS + DIGITS if kind == "letter" else None
+    scene = split_scene(rng, "held-out", _OBJECTS.get(kind), shapes=shapes, habitual=kind == "short")
+    prompt = random_prompt(rng, scene, kind="short" if kind == "short" else "complete")
     return DrawingTask(kind, prompt.text, prompt.language, prompt.wanted, scene)
 
 

@@ -3,14 +3,17 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from .captions import random_prompt
+from .captions import PromptKind, random_prompt
 from .edits import random_edit
 from .fusion import random_fusion
 from .questions import random_question
 from .scene import DIGITS, LETTERS, Scene
 from .thoughts import rewrite, thought
-from .world import split_scene
+from .world import is_habitual, split_scene
+
+Mode = Literal["direct", "rewrite", "think"]  # what is written before a picture
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ class Curriculum:
         edits, fusions, questions: shares of the lessons; the others draw from words alone.
         repeats: prompts for each scene that is drawn from words alone.
         characters: share of those scenes that show letters and digits in any case; of the others some do.
+        habitual: share of the others whose objects are where nobody has to say it (`world.HABITS`).
         complete: share of prompts, of those, that leave neither colour nor place open.
+        short: share of the other prompts about habitual places that name shapes and colours alone.
         rewritten: share of drawings with a rewrite before them. thought: with a thought and a rewrite.
         without_system: share of lessons without the system prompt.
     """
@@ -52,7 +57,9 @@ class Curriculum:
     questions: float = 0.0
     repeats: int = 6
     characters: float = 0.0
+    habitual: float = 0.3
     complete: float = 0.7
+    short: float = 0.5
     rewritten: float = 0.25
     thought: float = 0.05
     without_system: float = 0.1
@@ -78,36 +85,47 @@ def _some(rng: random.Random, curriculum: Curriculum, first: int, system: str) -
     weights = (curriculum.questions, curriculum.edits, curriculum.fusions, drawn / curriculum.repeats)
     match rng.choices(("question", "edit", "fusion", "drawing"), weights)[0]:
         case "question":
-            question = random_question(rng, "train")
+            question = random_question(rng, "train", several=True)
             lesson = Lesson(question.text, None, (first,), answer=question.answer, system_prompt=system)
             return [question.scene], [lesson]
         case "edit":
             edit = random_edit(rng, "train", complete=rng.random() < curriculum.complete)
-            trace = _trace(rng, curriculum, edit.summary, edit.rewrite)
+            trace = _trace(_stage(rng, curriculum), edit.summary, edit.rewrite)
             return [edit.before, edit.after], [Lesson(edit.text, first + 1, (first,), trace, system_prompt=system)]
         case "fusion":
             fusion = random_fusion(rng, "train")
             last = first + len(fusion.inputs)
-            trace = _trace(rng, curriculum, fusion.summary, fusion.rewrite)
+            trace = _trace(_stage(rng, curriculum), fusion.summary, fusion.rewrite)
             lesson = Lesson(fusion.text, last, tuple(range(first, last)), trace, system_prompt=system)
             return [*fusion.inputs, fusion.after], [lesson]
         case _:
-            characters = rng.random() < curriculum.characters
-            scene = split_scene(rng, "train", shapes=LETTERS + DIGITS if characters else None)
+            shapes = LETTERS + DIGITS if rng.random() < curriculum.characters else None
+            habitual = shapes is None and rng.random() < curriculum.habitual
+            scene = split_scene(rng, "train", shapes=shapes, habitual=habitual)
             return [scene], list(_drawings(rng, curriculum, scene, first, system))
 
 
 def _drawings(rng: random.Random, curriculum: Curriculum, scene: Scene, number: int, system: str) -> Iterator[Lesson]:
+    """Prompts for one scene. Before a rewrite they leave anything open, which it decides; else only what is habit."""
     for _ in range(curriculum.repeats):
-        prompt = random_prompt(rng, scene, complete=rng.random() < curriculum.complete)
-        trace = _trace(rng, curriculum, thought(prompt, scene), rewrite(scene, prompt.language))
+        stage = _stage(rng, curriculum)
+        kind: PromptKind = "complete" if rng.random() < curriculum.complete else "open"
+        if kind == "open" and is_habitual(scene) and rng.random() < curriculum.short:
+            kind = "short"
+        prompt = random_prompt(rng, scene, kind=kind, habitual=stage == "direct")
+        trace = _trace(stage, thought(prompt, scene), rewrite(scene, prompt.language))
         yield Lesson(prompt.text, number, (), trace, system_prompt=system)
 
 
-def _trace(rng: random.Random, curriculum: Curriculum, thinking: str, full: str) -> str:
-    """Nothing, a rewrite, or a thought and a rewrite."""
+def _stage(rng: random.Random, curriculum: Curriculum) -> Mode:
+    """What is written before a picture."""
     kind = rng.random()
-    rewritten = f"<recaption>{full}</recaption>"
     if kind < curriculum.thought:
-        return f"<think>{thinking}</think>{rewritten}"
-    return rewritten if kind < curriculum.thought + curriculum.rewritten else ""
+        return "think"
+    return "rewrite" if kind < curriculum.thought + curriculum.rewritten else "direct"
+
+
+def _trace(stage: Mode, thinking: str, full: str) -> str:
+    """Nothing, a rewrite, or a thought and a rewrite."""
+    thought_of = f"<think>{thinking}</think>" if stage == "think" else ""
+    return "" if stage == "direct" else f"{thought_of}<recaption>{full}</recaption>"

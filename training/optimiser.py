@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .crew import Crew
+
 
 @dataclass(frozen=True)
 class OptimiserConfig:
@@ -35,9 +37,15 @@ class Optimiser:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], matrices: Iterable[str], config: OptimiserConfig
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        matrices: Iterable[str],
+        config: OptimiserConfig,
+        crew: Crew | None = None,
     ) -> None:
+        """crew: processes with equal gradients, which share the work."""
         self.config = config
+        self.crew = crew or Crew()
         self.parameters = dict(parameters)
         self.matrices = frozenset(matrices)
         self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
@@ -65,10 +73,10 @@ class Optimiser:
         for name in gradients.keys() - self.matrices:
             self._adam(name, gradients[name], factor)
         alike: dict[tuple[int, ...], list[str]] = defaultdict(list)  # orthogonalised together, which is faster
-        for name in gradients.keys() & self.matrices:
+        for name in sorted(gradients.keys() & self.matrices):
             alike[self.masters[name].shape].append(name)
         for names in alike.values():
-            self._muon(sorted(names), gradients, factor)
+            self._muon(names, gradients, factor)
         keep = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
         for name, master in self.masters.items():
             self.average[name].lerp_(master, 1 - keep)
@@ -115,16 +123,17 @@ class Optimiser:
             momentum = self.first[name].lerp_(gradients[name], 1 - config.momentum)
             direction = gradients[name].lerp(momentum, config.momentum)  # Nesterov's
             directions.append(direction.flatten(1) if direction.ndim == 4 else direction)
-        matrices = torch.stack(directions)
-        steps = orthogonalised(matrices) * (0.2 * math.sqrt(max(matrices.shape[-2:])))
+        stacked = torch.stack(directions)
+        matrices = stacked.flatten(0, -3)
+        steps = self.crew.worked(orthogonalised, matrices).float() * (0.2 * math.sqrt(max(matrices.shape[-2:])))
         rate = config.muon_rate * factor
-        for name, step in zip(names, steps, strict=True):
+        for name, step in zip(names, steps.reshape(stacked.shape), strict=True):
             master = self.masters[name]
             master.mul_(1 - rate * config.decay).add_(step.view_as(master), alpha=-rate)
 
 
 def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix (..., rows, columns), roughly: singular values end between 0.7 and 1.2.
+    """The nearest semi-orthogonal matrix (..., rows, columns), bfloat16, roughly: singular values end in 0.7 to 1.2.
 
     Newton-Schulz with the quintic coefficients of Jordan et al.
     """
@@ -134,7 +143,6 @@ def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    x = x.float()
     return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
 
 

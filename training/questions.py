@@ -24,29 +24,37 @@ class Question:
     language: Language
 
 
-def random_question(rng: random.Random, split: Split, kind: QuestionKind | None = None) -> Question:
-    """A question about a scene of the split that has exactly one answer."""
+def random_question(
+    rng: random.Random, split: Split, kind: QuestionKind | None = None, *, several: bool = False
+) -> Question:
+    """A question about a scene of the split that has exactly one answer. Counts are balanced: one, two or three.
+
+    several: mostly about scenes of two or three objects, where more has to be told apart, whatever the kind.
+    """
     kind = kind or rng.choice(QUESTION_KINDS)
     language = random_language(rng)
+    if kind == "count":
+        return _counting(rng, split, language)
     while True:
-        scene = _countable(rng, split) if kind == "count" and rng.random() < 0.7 else split_scene(rng, split)
+        scene = split_scene(rng, split, rng.choice((1, 2, 2, 3)) if several else None)
         made = _MAKERS[kind](rng, scene, language)
         if made is not None:
             return Question(kind, scene, *made, language)
 
 
-def _countable(rng: random.Random, split: Split) -> Scene:
-    """One to three objects of two shapes at most, each number as often."""
-    return split_scene(rng, split, rng.randint(1, 3), shapes=rng.sample(BASIC_SHAPES, 2))
-
-
-def _count(rng: random.Random, scene: Scene, language: Language) -> tuple[str, str]:
-    shape = rng.choice(scene.objects).shape
-    of_shape = shape in BASIC_SHAPES and rng.random() < 0.6
-    number = sum(item.shape == shape for item in scene.objects) if of_shape else len(scene.objects)
+def _counting(rng: random.Random, split: Split, language: Language) -> Question:
+    """How many objects there are, or how many of one shape: either number is one, two or three equally often."""
+    number, of_shape = rng.randint(1, 3), rng.random() < 0.5
+    while True:
+        shapes = rng.sample(BASIC_SHAPES, 2) if of_shape or rng.random() < 0.5 else None
+        scene = split_scene(rng, split, rng.randint(number, 3) if of_shape else number, shapes=shapes)
+        if not of_shape or sum(item.shape == shapes[0] for item in scene.objects) == number:
+            break
     if language == "zh":
-        return f"有几个{SHAPE_WORDS['zh'][shape] if of_shape else '物体'}？", f"{NUMBERS['zh'][number]}个。"
-    return f"How many {f'{shape}s' if of_shape else 'objects'} are there?", f"{capital(NUMBERS['en'][number])}."
+        text = f"有几个{SHAPE_WORDS['zh'][shapes[0]] if of_shape else '物体'}？"
+        return Question("count", scene, text, f"{NUMBERS['zh'][number]}个。", language)
+    text = f"How many {f'{shapes[0]}s' if of_shape else 'objects'} are there?"
+    return Question("count", scene, text, f"{capital(NUMBERS['en'][number])}.", language)
 
 
 def _colour(rng: random.Random, scene: Scene, language: Language) -> tuple[str, str] | None:
@@ -91,4 +99,4 @@ def _only_one(rng: random.Random, scene: Scene) -> Object | None:
     return rng.choice(alone) if alone else None
 
 
-_MAKERS = {"count": _count, "colour": _colour, "place": _place, "shape": _shape, "caption": _caption}
+_MAKERS = {"colour": _colour, "place": _place, "shape": _shape, "caption": _caption}

@@ -128,16 +128,17 @@ def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str
 
 
 INSTRUCT = TransformerStageConfig(
-    curriculum=Curriculum(edits=0.5, fusions=0.06, questions=0.2, complete=0.5, rewritten=0.3, thought=0.15),
-    steps=5000,
-    lessons=32768,
-    repeats=8,
+    curriculum=Curriculum(edits=0.45, fusions=0.08, questions=0.25, complete=0.5, rewritten=0.3, thought=0.25),
+    steps=4500,
+    decay_share=0.6,
+    lessons=36864,
+    repeats=4,
     seed=1,
 )
 
 POLISH = TransformerStageConfig(
     curriculum=Curriculum(
-        edits=0.3, fusions=0.06, questions=0.1, characters=0.3, complete=0.5, rewritten=0.3, thought=0.2
+        edits=0.3, fusions=0.08, questions=0.2, characters=0.3, complete=0.5, rewritten=0.3, thought=0.25
     ),
     optimiser=OptimiserConfig(rate=1e-3, muon_rate=2e-3, ema=0.998),
     steps=2000,

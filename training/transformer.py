@@ -52,9 +52,9 @@ class TransformerStageConfig:
     sizes: Sizes = field(default_factory=Sizes)
     curriculum: Curriculum = field(default_factory=Curriculum)
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(rate=1.5e-3, muon_rate=3e-3))
-    steps: int = 5200
+    steps: int = 3000
     warmup: int = 150
-    decay_share: float = 0.6
+    decay_share: float = 0.4
     rows: int = 64
     samples: int = 1
     lessons: int = 49152
@@ -121,7 +121,7 @@ class TransformerStage:
         model_config = ModelConfig.from_json(self.json)
         self.model = initial_transformer(model_config, config.seed)
         self.vision = initial_vision(model_config, config.seed)
-        self.optimiser = Optimiser(self._parameters(), _matrices(self.model, self.vision), config.optimiser)
+        self.optimiser = Optimiser(self._parameters(), _matrices(self.model, self.vision), config.optimiser, self.crew)
         self.vision.to(compute)
         for_training(self.model.to(compute))
         self.balance = Balance(self.model)

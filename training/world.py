@@ -14,6 +14,8 @@ Split = Literal["train", "held-out"]
 # Names and (height, width): rows 16, 12, 20, 10 and 22 of the resolution table of base size 128.
 FORMATS = {"square": (128, 128), "wide": (96, 160), "tall": (160, 96), "very wide": (80, 176), "very tall": (176, 80)}
 SIZES = (40, 52, 68)  # sides in pixels: small, as a rule, big
+# Where one, two or three objects are that nobody says a place for: what is drawn at once has no room for a choice.
+HABITS = {1: ("middle",), 2: ("left", "right"), 3: ("left", "middle", "right")}
 
 _COUNTS = (1, 1, 1, 1, 1, 2, 2, 2, 2, 3)
 _SIZE_WEIGHTS = {1: (2, 5, 3), 2: (3, 6, 1), 3: (6, 4, 0)}
@@ -42,11 +44,16 @@ def scenes(split: Split, seed: int, objects: int | None = None) -> Iterator[Scen
 
 
 def split_scene(
-    rng: random.Random, split: Split, objects: int | None = None, *, shapes: Sequence[str] | None = None
+    rng: random.Random,
+    split: Split,
+    objects: int | None = None,
+    *,
+    shapes: Sequence[str] | None = None,
+    habitual: bool = False,
 ) -> Scene:
     """A random scene of a split; see `is_held_out` and `random_scene`."""
     while True:
-        scene = random_scene(rng, objects, shapes=shapes)
+        scene = random_scene(rng, objects, shapes=shapes, habitual=habitual)
         if is_held_out(scene) == (split == "held-out"):
             return scene
 
@@ -64,14 +71,16 @@ def random_scene(
     objects: int | None = None,
     *,
     shapes: Sequence[str] | None = None,
+    habitual: bool = False,
 ) -> Scene:
     """A scene with `objects` of them (1 to 3; None: mostly one or two).
 
-    `shapes` are those to choose from (None: the basic ones, and in some scenes letters and digits).
+    `shapes` are those to choose from (None: the basic ones, and in some scenes letters and digits). `habitual`: at the
+    places of HABITS instead of any.
     """
     count = objects or rng.choice(_COUNTS)
     while True:
-        scene = _attempt(rng, count, shapes)
+        scene = _attempt(rng, count, shapes, HABITS[count] if habitual else None)
         if scene is not None and fits(scene):
             return scene
 
@@ -86,6 +95,11 @@ def suited_format(places: Sequence[str]) -> str:
     if set(columns) == {1}:
         return "tall" if len(set(rows)) < 3 else "very tall"
     return "square"
+
+
+def is_habitual(scene: Scene) -> bool:
+    """Whether the objects, in their order, lie where nobody has to say it."""
+    return scene.places == HABITS[len(scene.objects)]
 
 
 def format_of(scene: Scene) -> str:
@@ -157,9 +171,11 @@ def lab_distance(first: Sequence[float], second: Sequence[float]) -> float:
     return sum((a - b) ** 2 for a, b in zip(_lab(first), _lab(second), strict=True)) ** 0.5
 
 
-def _attempt(rng: random.Random, count: int, shapes: Sequence[str] | None) -> Scene | None:
+def _attempt(
+    rng: random.Random, count: int, shapes: Sequence[str] | None, places: Sequence[str] | None
+) -> Scene | None:
     """A scene that may not fit, mostly of the format that suits it; None where an object is too large for its place."""
-    places = rng.sample([name for row in PLACES for name in row], count)
+    places = places or rng.sample([name for row in PLACES for name in row], count)
     suited = rng.random() < _SUITED_SHARE
     format_name = suited_format(places) if suited else rng.choices(list(FORMATS), _FORMAT_WEIGHTS)[0]
     height, width = FORMATS[format_name]

@@ -25,6 +25,12 @@ assert crew.share(range(5)) == list(range(crew.rank, 5, crew.size))
 assert crew.gathered([str(i) for i in crew.share(range(5))]) == [str(i) for i in range(5)]
 assert crew.agreed(crew.rank == 0) is True
 assert crew.agreed(crew.rank == 1) is False
+for count in (1, 2, 5):  # parts of unequal length, and one without any
+    items = torch.arange(6.0 * count).view(count, 2, 3)
+    seen = []
+    result = crew.worked(lambda part: seen.append(len(part)) or part.mT.contiguous().mT.bfloat16() * 2, items)
+    assert torch.equal(result, items.bfloat16() * 2)
+    assert seen == [(count + 1) // 2 if crew.rank == 0 else count // 2]
 parameters = [torch.nn.Parameter(torch.zeros(*shape)) for shape in ((2, 3), (4,), (1,), (1,))]
 parameters[0].grad = torch.full((2, 3), 1.0 + crew.rank)
 parameters[1].grad = torch.arange(4.0) * (3 if crew.rank else 1)

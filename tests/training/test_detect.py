@@ -124,6 +124,16 @@ def test_a_wrong_background_is_noticed_but_the_objects_still_count():
     assert (marks.background, marks.all) == (0, 1)
 
 
+def test_a_background_far_from_all_colours_has_that_of_no_name():
+    for kind, second in (("plain", None), ("striped", "blue")):
+        scene = Scene(128, 128, Background(kind, "white", second), (CIRCLE,))
+        picture = draw_array(scene)
+        assert detect(picture).background == scene.background
+        grey = np.where((picture == COLOURS["white"]).all(-1, keepdims=True), 110, picture).astype(np.uint8)
+        assert detect(grey).background == Background(kind, "", second)
+        assert score_scene(detect(grey), Wanted.whole(scene)).background == 0
+
+
 def test_an_empty_picture_has_nothing_right():
     marks = score_scene(detect(Image.new("RGB", (128, 128), COLOURS["white"])), Wanted.whole(BOTH))
     assert (marks.count, marks.colour, marks.all) == (0, 0, 0)

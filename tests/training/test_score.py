@@ -61,8 +61,10 @@ def test_the_exam_is_held_out_and_names_everything():
     assert all(is_held_out(task.scene) for task in tasks)
     for task in tasks:
         if isinstance(task, DrawingTask) and not task.inputs:
-            assert all(wish.colour and wish.place and wish.shape for wish in task.wanted.objects)
-    assert sum(isinstance(task, DrawingTask) and not task.inputs for task in exam(200)) == 200
+            assert all(wish.colour and wish.shape for wish in task.wanted.objects)
+            assert all((wish.place is None) == (task.kind == "short") for wish in task.wanted.objects)
+    drawn = [task.kind for task in exam(200) if isinstance(task, DrawingTask) and not task.inputs]
+    assert len(drawn) == 240 and drawn.count("short") == 40
     assert sum(isinstance(task, QuestionTask) for task in exam(200)) == 100
 
 
@@ -79,7 +81,7 @@ def test_the_command_scores_a_checkpoint(tmp_path, capsys):
 
 
 def test_only_direct_drawings_count_in_the_last_line():
-    results = score(perfect(), exam(20)[:30], ["rewrite"])
+    results = score(perfect(), exam(20)[:36], ["rewrite"])
     assert results.last_line == "score: one-object - two-object - edit - ask 1.00"
 
 

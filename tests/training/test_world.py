@@ -6,13 +6,14 @@ pytest.importorskip("scipy")
 
 import random
 import re
+from collections import Counter
 from itertools import islice
 
 from hunyuan3.image.resolution import ResolutionTable
 from training.captions import random_prompt
 from training.edits import EDIT_KINDS, random_edit
 from training.fusion import random_fusion
-from training.lessons import make_lessons
+from training.lessons import Curriculum, make_lessons
 from training.questions import QUESTION_KINDS, random_question
 from training.run import INSTRUCT, POLISH
 from training.scene import COLOURS, PLACES, place
@@ -20,7 +21,18 @@ from training.thoughts import rewrite, thought
 from training.tokenizer import train_tokenizer
 from training.wanted import Wanted
 from training.words import COLOUR_WORDS, PLACE_PHRASES, SHAPE_WORDS, background_phrases, description, size_word
-from training.world import FORMATS, fits, format_of, is_held_out, put, scenes, stream, suited_format
+from training.world import (
+    FORMATS,
+    HABITS,
+    fits,
+    format_of,
+    is_held_out,
+    put,
+    scenes,
+    split_scene,
+    stream,
+    suited_format,
+)
 
 
 def arrangement(scene):
@@ -104,8 +116,37 @@ def test_prompts_name_what_they_want_and_nothing_else():
         for wish in prompt.wanted.objects:
             if wish.place:
                 assert any(phrase in prompt.text for phrase in PLACE_PHRASES["en"][wish.place])
-        complete = random_prompt(rng, scene, complete=True)
+        complete = random_prompt(rng, scene, kind="complete")
         assert all(wish.colour and wish.place for wish in complete.wanted.objects)
+        short = random_prompt(rng, scene, kind="short")
+        assert short.wanted.background is None
+        assert all(wish.colour and not wish.place for wish in short.wanted.objects)
+
+
+def test_places_that_a_habitual_prompt_leaves_open_are_the_habitual_ones():
+    rng = stream("train", 10)
+    open_ones = {True: 0, False: 0}
+    for number in range(400):
+        scene = split_scene(rng, "train", habitual=number % 2 == 0)
+        if number % 2 == 0:
+            assert scene.places == HABITS[len(scene.objects)]
+        prompt = random_prompt(rng, scene, kind=rng.choice(("open", "short")), habitual=True)
+        is_open = any(wish.place is None for wish in prompt.wanted.objects)
+        assert not is_open or scene.places == HABITS[len(scene.objects)]
+        open_ones[number % 2 == 0] += is_open
+    assert open_ones[True] > 100  # such scenes' prompts do leave places open
+    assert open_ones[False] < 20  # others only where the scene happens to be habitual
+
+
+def test_what_is_drawn_at_once_was_taught_to_lie_where_habit_has_it():
+    curriculum = Curriculum(complete=0.3, repeats=2)
+    scenes, lessons = make_lessons(random.Random(0), 1500, curriculum)
+    said = {word for phrases in PLACE_PHRASES.values() for names in phrases.values() for word in names}
+    silent = [lesson for lesson in lessons if not any(word in lesson.prompt for word in said)]
+    direct = [scenes[lesson.scene] for lesson in silent if not lesson.trace]
+    written = [scenes[lesson.scene] for lesson in silent if lesson.trace]
+    assert len(direct) > 100 and all(scene.places == HABITS[len(scene.objects)] for scene in direct)
+    assert any(scene.places != HABITS[len(scene.objects)] for scene in written)
 
 
 def test_a_format_that_does_not_suit_is_named():
@@ -207,6 +248,28 @@ def test_questions_have_true_answers(kind):
                     assert word.lower() in question.answer.lower()
             case _:
                 assert question.answer == description(scene, language)
+
+
+def test_every_count_is_asked_for_as_often():
+    rng = stream("train", 11)
+    counts, ones = Counter(), 0
+    for _ in range(600):
+        question = random_question(rng, "train", "count")
+        objects = any(word in question.text for word in ("objects", "物体"))
+        counts[objects, question.answer.rstrip(".。").rstrip("个").lower()] += 1
+        ones += len(question.scene.objects) == 1
+    for objects in (True, False):
+        total = sum(count for (kind, _), count in counts.items() if kind == objects)
+        for words in (("one", "一"), ("two", "两"), ("three", "三")):
+            assert 0.25 < sum(counts[objects, word] for word in words) / total < 0.42
+    assert ones < 200  # "one circle" is asked of pictures with other objects, too
+
+
+def test_questions_about_several_objects_are_mostly_that():
+    rng = stream("train", 12)
+    for kind in ("colour", "place", "shape", "caption"):
+        objects = [len(random_question(rng, "train", kind, several=True).scene.objects) for _ in range(100)]
+        assert sum(count > 1 for count in objects) > 55
 
 
 def test_texts_are_short_in_tokens_and_come_back_whole():
