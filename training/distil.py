@@ -23,7 +23,7 @@ class DistilStageConfig(TransformerStageConfig):
     """
 
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(rate=5e-4, muon_rate=1e-3))
-    steps: int = 1200
+    steps: int = 1000
     warmup: int = 100
     dropout: float = 0.0
     distilled: bool = True

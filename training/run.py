@@ -129,7 +129,7 @@ def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str
 
 INSTRUCT = TransformerStageConfig(
     curriculum=Curriculum(edits=0.45, fusions=0.08, questions=0.25, complete=0.5, rewritten=0.3, thought=0.25),
-    steps=4500,
+    steps=4000,
     decay_share=0.6,
     lessons=36864,
     repeats=4,
@@ -141,7 +141,7 @@ POLISH = TransformerStageConfig(
         edits=0.3, fusions=0.08, questions=0.2, characters=0.3, complete=0.5, rewritten=0.3, thought=0.25
     ),
     optimiser=OptimiserConfig(rate=1e-3, muon_rate=2e-3, ema=0.998),
-    steps=2000,
+    steps=1800,
     warmup=50,
     decay_share=0.8,
     lessons=24576,

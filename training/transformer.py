@@ -52,7 +52,7 @@ class TransformerStageConfig:
     sizes: Sizes = field(default_factory=Sizes)
     curriculum: Curriculum = field(default_factory=Curriculum)
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(rate=1.5e-3, muon_rate=3e-3))
-    steps: int = 3000
+    steps: int = 2600
     warmup: int = 150
     decay_share: float = 0.4
     rows: int = 64
