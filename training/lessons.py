@@ -89,8 +89,9 @@ def _some(rng: random.Random, curriculum: Curriculum, first: int, system: str) -
             lesson = Lesson(question.text, None, (first,), answer=question.answer, system_prompt=system)
             return [question.scene], [lesson]
         case "edit":
-            edit = random_edit(rng, "train", complete=rng.random() < curriculum.complete)
-            trace = _trace(_stage(rng, curriculum), edit.summary, edit.rewrite)
+            stage = _stage(rng, curriculum)
+            edit = random_edit(rng, "train", complete=stage == "direct" or rng.random() < curriculum.complete)
+            trace = _trace(stage, edit.summary, edit.rewrite)
             return [edit.before, edit.after], [Lesson(edit.text, first + 1, (first,), trace, system_prompt=system)]
         case "fusion":
             fusion = random_fusion(rng, "train")
