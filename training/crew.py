@@ -59,7 +59,7 @@ class Crew:
             gradient.copy_(mean.view_as(gradient))
 
     def worked(self, work: Callable[[torch.Tensor], torch.Tensor], items: torch.Tensor) -> torch.Tensor:
-        """`work(items)`, (n, ...) -> (n, ...) of any one dtype, of which each process does its part along the first axis.
+        """`work(items)`, (n, ...) -> (n, ...) of which each process does its part along the first axis.
 
         Every process gets the same bits, which may not be those of one process that does all.
         """
