@@ -128,8 +128,8 @@ def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str
 
 
 INSTRUCT = TransformerStageConfig(
-    curriculum=Curriculum(edits=0.45, fusions=0.08, questions=0.25, complete=0.5, rewritten=0.3, thought=0.25),
-    steps=4000,
+    curriculum=Curriculum(edits=0.4, fusions=0.06, questions=0.2, complete=0.5, rewritten=0.3, thought=0.25),
+    steps=5000,
     decay_share=0.6,
     lessons=36864,
     repeats=4,
@@ -138,10 +138,10 @@ INSTRUCT = TransformerStageConfig(
 
 POLISH = TransformerStageConfig(
     curriculum=Curriculum(
-        edits=0.3, fusions=0.08, questions=0.2, characters=0.3, complete=0.5, rewritten=0.3, thought=0.25
+        edits=0.3, fusions=0.06, questions=0.16, characters=0.3, complete=0.5, rewritten=0.3, thought=0.25
     ),
     optimiser=OptimiserConfig(rate=1e-3, muon_rate=2e-3, ema=0.998),
-    steps=1800,
+    steps=2000,
     warmup=50,
     decay_share=0.8,
     lessons=24576,
