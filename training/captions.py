@@ -56,8 +56,8 @@ def random_prompt(
 ) -> Prompt:
     """A prompt that the scene answers.
 
-    kind: "complete" names every object's colour and place, "short" every colour and nothing more, "open" says either,
-    or not. A background may be named or not, but by a short one. All name sizes that are worth a word; the format where
+    kind: "complete" names every object's colour and place, "short" every colour and no place, "open" says either, or
+    not. A background may be named or not, but by a short one. All name sizes that are worth a word; the format where
     that is not the one that suits the places, and at times where it is.
     habitual: leave places open only where they are the habitual ones (`world.HABITS`).
     """

@@ -47,8 +47,8 @@ class Edit:
 
     @property
     def rewrite(self) -> str:
-        """The result in full."""
-        return description(self.after, self.language)
+        """The result in full, the objects in reading order."""
+        return description(self.after.read(), self.language)
 
 
 def random_edit(rng: random.Random, split: Split, kind: EditKind | None = None, *, complete: bool = False) -> Edit:
@@ -78,10 +78,10 @@ def _recolour(rng: random.Random, scene: Scene, language: Language) -> Edit | No
     word = COLOUR_WORDS[language][colour]
     if language == "en":
         text = rng.choice((f"make the {subject} {word}", f"turn the {subject} {word}", f"color the {subject} {word}"))
-        summary = f"The {SHAPE_WORDS['en'][item.shape]} becomes {word}."
+        summary = f"The {subject} becomes {word}."
     else:
         text = rng.choice((f"把{subject}变成{word}", f"把{subject}改成{word}"))
-        summary = f"{SHAPE_WORDS['zh'][item.shape]}变成{word}。"
+        summary = f"{subject}变成{word}。"
     return _edit("recolour", scene, after, _ended(rng, text, language), summary, language, (item, after.objects[index]))
 
 
@@ -121,10 +121,10 @@ def _remove(rng: random.Random, scene: Scene, language: Language) -> Edit | None
     after = replace(scene, objects=scene.objects[:index] + scene.objects[index + 1 :])
     if language == "en":
         text = rng.choice((f"remove the {subject}", f"take the {subject} away", f"delete the {subject}"))
-        summary = f"The {SHAPE_WORDS['en'][item.shape]} goes."
+        summary = f"The {subject} goes."
     else:
         text = rng.choice((f"去掉{subject}", f"删除{subject}", f"把{subject}去掉"))
-        summary = f"{SHAPE_WORDS['zh'][item.shape]}去掉。"
+        summary = f"{subject}去掉。"
     return _edit("remove", scene, after, _ended(rng, text, language), summary, language, (item,))
 
 
@@ -141,10 +141,10 @@ def _move(rng: random.Random, scene: Scene, language: Language) -> Edit | None:
     if language == "en":
         to = place.replace("at the", "to the").replace("in the", "to the").replace("on the", "to the")
         text = f"{rng.choice(('move', 'shift'))} the {subject} {to}"
-        summary = f"The {SHAPE_WORDS['en'][item.shape]} moves: {where}."
+        summary = f"The {subject} moves: {where}."
     else:
         text = rng.choice((f"把{subject}移到{place}", f"把{subject}放到{place}"))
-        summary = f"{SHAPE_WORDS['zh'][item.shape]}移到{PLACE_PHRASES['zh'][where][0]}。"
+        summary = f"{subject}移到{PLACE_PHRASES['zh'][where][0]}。"
     return _edit("move", scene, after, _ended(rng, text, language), summary, language, (item, after.objects[index]))
 
 

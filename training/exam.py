@@ -16,7 +16,7 @@ from .world import split_scene, stream
 
 # Of a hundred prompts, how many are of which kind; short ones, edits, fusions and questions come on top.
 _PROMPTS = {"one": 35, "two": 35, "three": 10, "letter": 20}
-_OBJECTS = {"one": 1, "two": 2, "three": 3, "letter": 1}  # a short one has any number, mostly one or two
+_OBJECTS = {"one": (1,), "two": (2,), "three": (3,), "letter": (1,), "short": (1, 2, 2, 2)}
 _SHORT, _EDITS, _FUSIONS, _QUESTIONS = 20, 25, 10, 50
 
 
@@ -37,6 +37,11 @@ class DrawingTask:
     wanted: Wanted
     scene: Scene
     inputs: tuple[Scene, ...] = ()
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether every place is asked for: `scene` is then the only right one but for its background and sizes."""
+        return all(wish.place for wish in self.wanted.objects)
 
     @property
     def is_edit(self) -> bool:
@@ -61,8 +66,8 @@ def exam(prompts: int = 200, seed: int = 0) -> list[Task]:
     """The tasks for so many prompts, the same for the same numbers: half as many questions, a quarter as many edits.
 
     Every prompt names the colour and the place of each object, so what is right is certain, and an arrangement that
-    training did not see is in its words. Short ones, a fifth on top, name objects and their colours alone; any place is
-    right.
+    training did not see is in its words. Short ones, a fifth on top, name one object or, mostly, two with their colours
+    (and sizes, if not the usual ones) and no place; any is right. They are few: other exams ask some of the same.
     """
     tasks: list[Task] = []
 
@@ -71,7 +76,7 @@ def exam(prompts: int = 200, seed: int = 0) -> list[Task]:
         made: dict[tuple[object, ...], Task] = {}
         while len(made) < max(1, round(count)):
             task = make(rng)
-            made.setdefault((task.text, task.scene), task)
+            made.setdefault((task.text, None if kind == "short" else task.scene), task)
         tasks.extend(made.values())
 
     for kind, share in (*_PROMPTS.items(), ("short", _SHORT)):
@@ -87,7 +92,9 @@ def exam(prompts: int = 200, seed: int = 0) -> list[Task]:
 
 def _prompt(rng: random.Random, kind: str) -> DrawingTask:
     shapes = LETTERS + DIGITS if kind == "letter" else None
-    scene = split_scene(rng, "held-out", _OBJECTS.get(kind), shapes=shapes, habitual=kind == "short")
+    numbers = _OBJECTS[kind]
+    number = numbers[0] if len(numbers) == 1 else rng.choice(numbers)
+    scene = split_scene(rng, "held-out", number, shapes=shapes, habitual=kind == "short")
     prompt = random_prompt(rng, scene, kind="short" if kind == "short" else "complete")
     return DrawingTask(kind, prompt.text, prompt.language, prompt.wanted, scene)
 

@@ -12,7 +12,7 @@ from .world import Split, fits, is_held_out, split_scene
 
 @dataclass(frozen=True)
 class Fusion:
-    """Two or three input scenes of one object each, the instruction, and the scene that should come of it.
+    """Two or three scenes of one format and one object each, the instruction, and the scene that should come of them.
 
     The result has the first scene's object, size and place; of two pictures it keeps the first one's background.
     """
@@ -50,12 +50,23 @@ def random_fusion(rng: random.Random, split: Split, pictures: int | None = None)
     count = pictures or rng.choice((2, 3))
     language = random_language(rng)
     while True:
-        inputs = tuple(split_scene(rng, "train", 1) for _ in range(count))
+        inputs = _alike(rng, count)
         after = inputs[0].with_object(0, colour=inputs[1].objects[0].colour)
         if count == 3:
             after = replace(after, background=inputs[2].background)
         if after != inputs[0] and fits(after) and is_held_out(after) == (split == "held-out"):
             return Fusion(inputs, after, _text(rng, count, language), language)
+
+
+def _alike(rng: random.Random, count: int) -> tuple[Scene, ...]:
+    """Scenes of one object each, of one format: rows of different geometries don't share a batch."""
+    first = split_scene(rng, "train", 1)
+    inputs = [first]
+    while len(inputs) < count:
+        scene = split_scene(rng, "train", 1)
+        if (scene.height, scene.width) == (first.height, first.width):
+            inputs.append(scene)
+    return tuple(inputs)
 
 
 def _text(rng: random.Random, count: int, language: Language) -> str:

@@ -46,8 +46,8 @@ class Curriculum:
         repeats: prompts for each scene that is drawn from words alone.
         characters: share of those scenes that show letters and digits in any case; of the others some do.
         habitual: share of the others whose objects are where nobody has to say it (`world.HABITS`).
-        complete: share of prompts, of those, that leave neither colour nor place open.
-        short: share of the other prompts about habitual places that name shapes and colours alone.
+        complete: share of prompts that leave neither colour nor place open; of edits that are drawn at once, all do so.
+        short: share of the other prompts about habitual places that name no place and no background.
         rewritten: share of drawings with a rewrite before them. thought: with a thought and a rewrite.
         without_system: share of lessons without the system prompt.
     """
@@ -107,7 +107,7 @@ def _some(rng: random.Random, curriculum: Curriculum, first: int, system: str) -
 
 
 def _drawings(rng: random.Random, curriculum: Curriculum, scene: Scene, number: int, system: str) -> Iterator[Lesson]:
-    """Prompts for one scene. Before a rewrite they leave anything open, which it decides; else only what is habit."""
+    """Prompts for one scene. Before a rewrite they leave any place open, which it decides; else only habitual ones."""
     for _ in range(curriculum.repeats):
         stage = _stage(rng, curriculum)
         kind: PromptKind = "complete" if rng.random() < curriculum.complete else "open"

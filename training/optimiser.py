@@ -1,4 +1,4 @@
-"""One optimiser for both stages: Muon for matrices, AdamW for everything else, with a moving average of the weights.
+"""One optimiser for all stages: Muon for matrices, AdamW for everything else, with a moving average of the weights.
 
 Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") steps along the orthogonalised
 momentum; its steps are scaled by `0.2 * sqrt(max(rows, columns))` (Liu et al. 2025, "Muon is scalable for LLM
@@ -43,7 +43,7 @@ class Optimiser:
         config: OptimiserConfig,
         crew: Crew | None = None,
     ) -> None:
-        """crew: processes with equal gradients, which share the work."""
+        """crew: processes with equal gradients, which share the orthogonalising."""
         self.config = config
         self.crew = crew or Crew()
         self.parameters = dict(parameters)

@@ -29,7 +29,7 @@ def random_question(
 ) -> Question:
     """A question about a scene of the split that has exactly one answer. Counts are balanced: one, two or three.
 
-    several: mostly about scenes of two or three objects, where more has to be told apart, whatever the kind.
+    several: mostly about scenes of two or three objects, where more has to be told apart.
     """
     kind = kind or rng.choice(QUESTION_KINDS)
     language = random_language(rng)
@@ -89,7 +89,7 @@ def _shape(rng: random.Random, scene: Scene, language: Language) -> tuple[str, s
 
 def _caption(rng: random.Random, scene: Scene, language: Language) -> tuple[str, str]:
     texts = ("描述这张图。", "图里有什么？") if language == "zh" else ("Describe the picture.", "What does it show?")
-    return rng.choice(texts), description(scene, language)
+    return rng.choice(texts), description(scene.read(), language)
 
 
 def _only_one(rng: random.Random, scene: Scene) -> Object | None:

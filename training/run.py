@@ -129,9 +129,9 @@ def _write_line(path: Path, stage: Stage, seconds: float, records: list[dict[str
 
 INSTRUCT = TransformerStageConfig(
     curriculum=Curriculum(edits=0.4, fusions=0.06, questions=0.2, complete=0.5, rewritten=0.3, thought=0.25),
-    steps=4000,
+    steps=3000,
     decay_share=0.5,
-    lessons=36864,
+    lessons=49152,
     repeats=4,
     seed=1,
 )

@@ -76,6 +76,11 @@ class Scene:
         """The name of each object's place."""
         return tuple(place(item.x, item.y, self.width, self.height) for item in self.objects)
 
+    def read(self) -> "Scene":
+        """The scene with its objects in reading order, which can be seen; the order that they were made in cannot."""
+        placed = sorted(zip(self.places, self.objects, strict=True), key=lambda pair: row_and_column(pair[0]))
+        return replace(self, objects=tuple(item for _, item in placed))
+
     def with_object(self, index: int, **changes: str | int) -> "Scene":
         """The scene with one object changed; nothing is checked."""
         objects = list(self.objects)

@@ -64,13 +64,13 @@ def score(candidate: Candidate, tasks: Sequence[Task], modes: Sequence[Mode], du
 
 
 def judge(task: DrawingTask, mode: Mode, drawing: Drawing, rows: ResolutionTable) -> Result:
-    """The result of a drawing. The ratio is asked for where no input picture gives it."""
+    """The result of a drawing. The ratio is asked for where neither input pictures nor a choice of places give it."""
     preserved = ratio = text = None
     if task.is_edit:
         preserved = preservation(draw_array(task.inputs[0]), draw_array(task.scene), np.asarray(drawing.picture))
-    if not task.inputs:
+    if not task.inputs and task.is_decided:
         ratio = drawing.ratio == rows.nearest(task.scene.height, task.scene.width)
-    if mode != "direct":
+    if mode != "direct" and task.is_decided:
         text = rewrite_right(recaption_body(drawing.trace), task.scene, task.language)
     return Result(task.kind, mode, score_scene(detect(drawing.picture), task.wanted), preserved, text, ratio)
 
@@ -133,7 +133,12 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("model", type=Path, metavar="FOLDER", help="checkpoint folder")
     add("--dump", type=Path, help="folder for the pictures and prompts")
-    add("--prompts", type=int, default=200, help="prompts; edits, fusions and questions come on top (default: 200)")
+    add(
+        "--prompts",
+        type=int,
+        default=200,
+        help="prompts; short ones, edits, fusions and questions come on top (default: 200)",
+    )
     add("--exam", type=int, default=0, help="which tasks: each number has others of its own (default: 0)")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to draw (default: all)")
     add("--kinds", nargs="+", help="tasks to do, by the beginnings of their kinds: one, edit, ask ... (default: all)")

@@ -247,7 +247,7 @@ def test_questions_have_true_answers(kind):
                 for word in (COLOUR_WORDS[language][item.colour], SHAPE_WORDS[language][item.shape]):
                     assert word.lower() in question.answer.lower()
             case _:
-                assert question.answer == description(scene, language)
+                assert question.answer == description(scene.read(), language)
 
 
 def test_every_count_is_asked_for_as_often():
