@@ -55,6 +55,15 @@ def test_a_deaf_candidate_gets_none():
     assert edits and all(row.preserved == 1 for row in edits)
 
 
+def test_short_prompts_are_judged_by_what_they_ask_for():
+    tasks = [task for task in exam(40) if task.kind == "short"]
+    assert len({task.text for task in tasks}) == len(tasks) == 8
+    for row in score(perfect(), tasks, ["direct", "rewrite"]).rows:
+        assert row.marks.all == 1 and row.text is None and row.ratio is None
+    for row in score(perfect(), [task for task in exam(40) if task.kind == "two"], ["rewrite"]).rows:
+        assert row.text is not None and row.ratio is not None
+
+
 def test_the_exam_is_held_out_and_names_everything():
     tasks = exam(40)
     assert tasks == exam(40) and tasks != exam(40, seed=1)

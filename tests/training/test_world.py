@@ -7,6 +7,7 @@ pytest.importorskip("scipy")
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 from hunyuan3.image.resolution import ResolutionTable
@@ -16,7 +17,7 @@ from training.fusion import random_fusion
 from training.lessons import Curriculum, make_lessons
 from training.questions import QUESTION_KINDS, random_question
 from training.run import INSTRUCT, POLISH
-from training.scene import COLOURS, PLACES, place
+from training.scene import COLOURS, PLACES, Background, Scene, place
 from training.thoughts import rewrite, thought
 from training.tokenizer import train_tokenizer
 from training.wanted import Wanted
@@ -118,9 +119,12 @@ def test_prompts_name_what_they_want_and_nothing_else():
                 assert any(phrase in prompt.text for phrase in PLACE_PHRASES["en"][wish.place])
         complete = random_prompt(rng, scene, kind="complete")
         assert all(wish.colour and wish.place for wish in complete.wanted.objects)
-        short = random_prompt(rng, scene, kind="short")
-        assert short.wanted.background is None
+        short = random_prompt(rng, scene, "en", kind="short")
+        assert short.wanted.background is None and "background" not in short.text
         assert all(wish.colour and not wish.place for wish in short.wanted.objects)
+        for silent in (prompt, short):
+            if not any(wish.place for wish in silent.wanted.objects):
+                assert not any(words in silent.text for phrases in PLACE_PHRASES["en"].values() for words in phrases)
 
 
 def test_places_that_a_habitual_prompt_leaves_open_are_the_habitual_ones():
@@ -159,7 +163,7 @@ def test_a_format_that_does_not_suit_is_named():
 @pytest.mark.parametrize("kind", EDIT_KINDS)
 def test_edits_change_what_they_say(kind):
     rng = stream("train", 6)
-    for _ in range(20):
+    for _ in range(60):
         edit = random_edit(rng, "train", kind, complete=True)
         assert edit.kind == kind and edit.before != edit.after and fits(edit.after)
         assert (edit.before.width, edit.before.height) == (edit.after.width, edit.after.height)
@@ -174,6 +178,9 @@ def test_edits_change_what_they_say(kind):
         then = edit.changed[-1]  # as it is, or was
         assert SHAPE_WORDS[language][then.shape].lower() in text
         assert SHAPE_WORDS[language][then.shape].lower() in said
+        alike = sum(item.shape == then.shape for item in edit.before.objects)
+        if alike > 1 and kind != "add":
+            assert COLOUR_WORDS[language][edit.changed[0].colour] in said
         if kind in ("recolour", "add"):
             assert COLOUR_WORDS[language][then.colour] in text
             assert COLOUR_WORDS[language][then.colour] in said
@@ -192,6 +199,7 @@ def test_fusions_take_shape_colour_and_background():
         assert item.shape == fusion.inputs[0].objects[0].shape
         assert item.colour == fusion.inputs[1].objects[0].colour
         assert fusion.after.background == fusion.inputs[0 if count == 2 else 2].background
+        assert len({(scene.height, scene.width) for scene in (*fusion.inputs, fusion.after)}) == 1
 
 
 def test_the_thought_of_a_fusion_says_what_comes_from_where():
@@ -248,6 +256,19 @@ def test_questions_have_true_answers(kind):
                     assert word.lower() in question.answer.lower()
             case _:
                 assert question.answer == description(scene.read(), language)
+
+
+def test_what_is_said_about_a_picture_does_not_depend_on_the_order_its_objects_were_made_in():
+    several = 0
+    for scene in islice(scenes("train", 13), 100):
+        turned = replace(scene, objects=scene.objects[::-1])
+        assert description(scene.read(), "en") == description(turned.read(), "en")
+        several += description(scene, "en") != description(turned, "en")
+    assert several > 30
+    first = put(random.Random(0), "star", "red", 40, "top right", 128, 128)
+    second = put(random.Random(0), "heart", "blue", 40, "left", 128, 128)
+    scene = Scene(128, 128, Background("plain", "white"), (second, first))
+    assert scene.read().objects == (first, second)
 
 
 def test_every_count_is_asked_for_as_often():
