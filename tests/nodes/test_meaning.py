@@ -34,14 +34,14 @@ TRAINED = REPO / "checkpoints" / "hunyuan3-tiny-instruct"
 DISTILLED = REPO / "checkpoints" / "hunyuan3-tiny-distil"
 both = pytest.mark.parametrize("variant", ["", "_distil"])  # what the names of their workflows end with
 WORKFLOWS = REPO / "workflows" / "api"
-ASKED = (  # one object each, its place and the background said: (prompt, colour, shape)
-    ("a red circle in the middle on a white background", "red", "circle"),
-    ("a blue square on the left on a yellow background", "blue", "square"),
-    ("a big purple triangle on the right on a white background", "purple", "triangle"),
-    ("a green star in the middle on a white background", "green", "star"),
-    ("a black square in the middle on a white background", "black", "square"),
-    ("a big yellow heart in the middle on a blue background", "yellow", "heart"),
-    ("a blue circle at the top on a white background", "blue", "circle"),
+ASKED = (  # one object each, its place and the background said: (prompt, colour, shape, place)
+    ("a red circle in the middle on a white background", "red", "circle", "middle"),
+    ("a blue square on the left on a yellow background", "blue", "square", "left"),
+    ("a big purple triangle on the right on a white background", "purple", "triangle", "right"),
+    ("a green star in the middle on a white background", "green", "star", "middle"),
+    ("a black square in the middle on a white background", "black", "square", "middle"),
+    ("a big yellow heart in the middle on a blue background", "yellow", "heart", "middle"),
+    ("a blue circle at the top on a white background", "blue", "circle", "top"),
 )
 
 
@@ -90,17 +90,17 @@ def run(server: ComfyServer, name: str, *scenes: Scene, **inputs: dict[str, Any]
 DRAWS = {"": "text_to_image_instruct", "_distil": "text_to_image"}  # the first workflow is the distilled model's
 
 
-def drawn(server: ComfyServer, text: str, seed: int = 1, variant: str = "") -> Found:
+def drawn(server: ComfyServer, text: str, seed: int = 1, variant: str = "") -> Ran:
     wanted = {"prompt": text, "width": 128, "height": 128}
-    return run(server, DRAWS[variant], Hunyuan3Conditioning=wanted, Hunyuan3Sampler={"seed": seed}).found
+    return run(server, DRAWS[variant], Hunyuan3Conditioning=wanted, Hunyuan3Sampler={"seed": seed})
 
 
 @both
-def test_drawings_show_what_was_asked_for(server: ComfyServer, variant: str):
-    found = [drawn(server, text, variant=variant).objects for text, *_ in ASKED]
+def test_drawings_show_what_was_asked_for_and_nothing_else(server: ComfyServer, variant: str):
+    found = [drawn(server, text, variant=variant).found.objects for text, *_ in ASKED]
     right = [
-        (item.colour, item.shape) == (colour, shape)
-        for (item, *_others), (_text, colour, shape) in zip(found, ASKED, strict=True)
+        [(item.colour, item.shape, item.place) for item in items] == [tuple(expected)]
+        for items, (_text, *expected) in zip(found, ASKED, strict=True)
     ]
     assert right[0], "the first is red and round"
     assert sum(right) >= len(ASKED) - 2, right
@@ -109,7 +109,7 @@ def test_drawings_show_what_was_asked_for(server: ComfyServer, variant: str):
 @both
 def test_the_background_is_the_one_asked_for(server: ComfyServer, variant: str):
     for colour in ("white", "yellow", "blue"):
-        background = drawn(server, f"a red square on a {colour} background", variant=variant).background
+        background = drawn(server, f"a red square on a {colour} background", variant=variant).found.background
         assert (background.kind, background.colour) == ("plain", colour)
 
 
@@ -123,7 +123,8 @@ def test_what_is_written_names_what_was_asked_for_and_is_drawn(server: ComfyServ
         Hunyuan3Think={"task": task, "seed": 1},
         Hunyuan3Sampler={"seed": 1},
     )
-    thought, _, rewritten = ran.text.rpartition("<recaption>")
+    thought, tag, rewritten = ran.text.rpartition("<recaption>")
+    assert tag
     assert ("<think>" in thought) == (task == "think_recaption")
     for text in (thought, rewritten) if "<think>" in thought else (rewritten,):
         assert "red" in text
@@ -233,5 +234,6 @@ def test_questions_are_answered(server: ComfyServer):
 @both
 def test_a_seed_gives_the_same_picture_again(server: ComfyServer, variant: str):
     text = "a blue square on a yellow background"
-    first, other, again = (drawn(server, text, seed, variant) for seed in (1, 2, 1))
-    assert first == again != other
+    first, other, again = (drawn(server, text, seed, variant).picture for seed in (1, 2, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
