@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tools.comfy_server import ComfyServer, with_inputs
 from tools.showcase import at, scene
 from tools.testbed import REPO
 from tools.workflows import DISTIL
-from training.detect import Found, detect
+from training.detect import Found, FoundObject, detect
 from training.draw import draw, draw_array
 from training.marks import preservation, score_scene
 from training.scene import Scene
@@ -64,6 +66,12 @@ class Ran:
         assert self.picture is not None
         return detect(Image.fromarray(self.picture))
 
+    @property
+    def largest(self) -> FoundObject:
+        items = self.found.objects
+        assert items, "an empty picture"
+        return items[0]
+
 
 def run(server: ComfyServer, name: str, *scenes: Scene, **inputs: dict[str, Any]) -> Ran:
     """Runs a shipped workflow that loads `scenes`, with some inputs replaced: {node class: {input: value}}.
@@ -90,8 +98,8 @@ def run(server: ComfyServer, name: str, *scenes: Scene, **inputs: dict[str, Any]
 DRAWS = {"": "text_to_image_instruct", "_distil": "text_to_image"}  # the first workflow is the distilled model's
 
 
-def drawn(server: ComfyServer, text: str, seed: int = 1, variant: str = "") -> Ran:
-    wanted = {"prompt": text, "width": 128, "height": 128}
+def drawn(server: ComfyServer, text: str, seed: int = 1, variant: str = "", size: tuple[int, int] = (128, 128)) -> Ran:
+    wanted = {"prompt": text, "width": size[0], "height": size[1]}
     return run(server, DRAWS[variant], Hunyuan3Conditioning=wanted, Hunyuan3Sampler={"seed": seed})
 
 
@@ -104,6 +112,24 @@ def test_drawings_show_what_was_asked_for_and_nothing_else(server: ComfyServer, 
     ]
     assert right[0], "the first is red and round"
     assert sum(right) >= len(ASKED) - 2, right
+
+
+SHORT = (  # (prompt without places, width and height, what lies where habit has it)
+    ("a red circle", (128, 128), [("red", "circle", "middle")]),
+    ("a green star", (128, 128), [("green", "star", "middle")]),
+    ("a blue square", (128, 128), [("blue", "square", "middle")]),
+    ("a red circle and a blue square", (160, 96), [("red", "circle", "left"), ("blue", "square", "right")]),
+    ("a black ring and a yellow heart", (160, 96), [("black", "ring", "left"), ("yellow", "heart", "right")]),
+)
+
+
+def test_a_short_prompt_is_drawn_where_habit_has_it(server: ComfyServer):
+    right = []
+    for text, size, expected in SHORT:
+        items = drawn(server, text, size=size).found.objects
+        right.append(Counter((item.colour, item.shape, item.place) for item in items) == Counter(expected))
+    assert right[0], "a red circle in the middle and nothing else"
+    assert sum(right) >= len(SHORT) - 1, right
 
 
 @both
@@ -129,8 +155,7 @@ def test_what_is_written_names_what_was_asked_for_and_is_drawn(server: ComfyServ
     for text in (thought, rewritten) if "<think>" in thought else (rewritten,):
         assert "red" in text
         assert "circle" in text.lower()
-    assert ran.found.objects[0].colour == "red"
-    assert ran.found.objects[0].shape == "circle"
+    assert (ran.largest.colour, ran.largest.shape) == ("red", "circle")
 
 
 CIRCLE = at("middle", "circle", "red")
@@ -143,25 +168,32 @@ EDITED = (  # (what is asked, what becomes of ONE)
 
 
 @both
-def test_an_edit_changes_what_was_asked_for_and_leaves_the_rest(server: ComfyServer, variant: str):
-    """Colour, shape, place and size of the object, the background, and the pixels that should stay."""
+@pytest.mark.parametrize(("task", "least"), [("img_ratio", 8), ("recaption", 6)])  # drawn at once, or from a rewrite
+def test_an_edit_changes_what_was_asked_for_and_leaves_the_rest(
+    server: ComfyServer, task: str, least: int, variant: str
+):
+    """Colour, shape, place and size of the object, the background, and the pixels that should stay; of nine pictures.
+
+    What is written about a picture is sampled, and not always what was asked for.
+    """
     right = []
-    for text, expected in EDITED:
+    for (text, expected), seed in product(EDITED, (1, 2, 3)):
         ran = run(
             server,
             f"edit_picture{variant}",
             ONE,
             PrimitiveStringMultiline={"value": text},
-            Hunyuan3Think={"task": "recaption", "seed": 1},
-            Hunyuan3Sampler={"seed": 1},
+            Hunyuan3Think={"task": task, "seed": seed},
+            Hunyuan3Sampler={"seed": seed},
         )
         assert ran.picture is not None
         assert ran.picture.shape == (128, 128, 3)  # that of the picture
-        assert preservation(draw_array(ONE), draw_array(expected), ran.picture) > 0.95
+        assert ran.found.background.kind == "plain"
+        kept = preservation(draw_array(ONE), draw_array(expected), ran.picture)
         marks = score_scene(ran.found, Wanted.whole(expected))
-        right.append(marks.all == marks.size == marks.background == 1)
-    assert right[0], "the circle is blue"
-    assert sum(right) >= len(EDITED) - 1
+        right.append(kept > 0.95 and marks.all == marks.size == marks.background == 1)
+    assert any(right[:3]), "the circle is blue"
+    assert sum(right) >= least, right
 
 
 FUSED = (  # (shape of the first picture, colour of the second, background of the third)
@@ -176,7 +208,7 @@ FUSED = (  # (shape of the first picture, colour of the second, background of th
 def test_fusion_takes_something_of_each_of_three_pictures(server: ComfyServer, variant: str):
     right = 0
     for shape, colour, background in FUSED:
-        found = run(
+        ran = run(
             server,
             f"fuse_three{variant}",
             scene("pink", at("middle", shape, "purple", 68)),
@@ -185,10 +217,10 @@ def test_fusion_takes_something_of_each_of_three_pictures(server: ComfyServer, v
             PrimitiveStringMultiline={"value": "Draw the first shape in the second color on the third background."},
             Hunyuan3Think={"task": "img_ratio", "seed": 1},  # of its rewrites about three pictures half are right
             Hunyuan3Sampler={"seed": 1},
-        ).found
-        assert (found.background.kind, found.background.colour) == ("plain", background)
-        assert found.objects[0].place == "middle"
-        right += (found.objects[0].colour, found.objects[0].shape) == (colour, shape)
+        )
+        assert (ran.found.background.kind, ran.found.background.colour) == ("plain", background)
+        assert ran.largest.place == "middle"
+        right += (ran.largest.colour, ran.largest.shape) == (colour, shape)
     assert right >= len(FUSED) - 1
 
 
@@ -202,9 +234,13 @@ COUNTED = (
     (scene("yellow", at("middle", "heart", "red")), "One."),
     (scene("white", at("left", "circle", "blue", 40)), "One."),
     (scene("pink", at("bottom right", "square", "black", 40)), "One."),
+    (scene("white", at("left", "circle", "red", 40), at("right", "circle", "blue", 40)), "Two."),
+    (scene("yellow", at("top left", "star", "black", 40), at("bottom right", "heart", "red", 40)), "Two."),
+    (scene("blue", at("top", "square", "white", 40), at("bottom", "triangle", "yellow", 40)), "Two."),
     (THREE, "Three."),
     (replace(THREE, objects=tuple(replace(item, shape="star") for item in THREE.objects)), "Three."),
 )
+TWO = scene("white", at("left", "heart", "red", 40), at("right", "square", "green", 40))
 QUESTIONS = (  # (what is asked, of what, the answer)
     ("What color is the star?", scene("white", at("middle", "star", "green")), "Green."),
     ("What color is the square?", scene("blue", at("middle", "square", "orange")), "Orange."),
@@ -212,6 +248,12 @@ QUESTIONS = (  # (what is asked, of what, the answer)
     ("Where is the star?", scene("white", at("bottom", "star", "red", 40)), "At the bottom."),
     ("What is at the top left?", scene("white", at("top left", "triangle", "blue", 40)), "A blue triangle."),
     ("What is in the middle?", scene("white", at("middle", "ring", "purple")), "A purple ring."),
+    ("What color is the heart?", TWO, "Red."),
+    ("What color is the square?", TWO, "Green."),
+    ("Where is the heart?", TWO, "On the left."),
+    ("Where is the square?", TWO, "On the right."),
+    ("What is on the left?", TWO, "A red heart."),
+    ("What is on the right?", TWO, "A green square."),
 )
 
 
@@ -219,8 +261,7 @@ def answer(server: ComfyServer, text: str, picture: Scene) -> str:
     return run(server, "ask_picture", picture, Hunyuan3Ask={"prompt": text, "seed": 1}).text.strip()
 
 
-def test_one_and_three_objects_are_counted(server: ComfyServer):
-    """Not two, of which this checkpoint often sees three: its card says so."""
+def test_objects_are_counted(server: ComfyServer):
     answers = [answer(server, "How many objects are there?", picture) for picture, _ in COUNTED]
     assert answers == [expected for _, expected in COUNTED]
 
@@ -228,7 +269,7 @@ def test_one_and_three_objects_are_counted(server: ComfyServer):
 def test_questions_are_answered(server: ComfyServer):
     answers = [answer(server, text, picture) for text, picture, _ in QUESTIONS]
     right = [given == expected for given, (*_, expected) in zip(answers, QUESTIONS, strict=True)]
-    assert sum(right) >= len(right) - 1, answers
+    assert sum(right) >= len(right) - 3, answers
 
 
 @both
