@@ -1,6 +1,7 @@
 """Edits: a scene, an instruction, and the scene that should come of it."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -51,14 +52,22 @@ class Edit:
         return description(self.after.read(), self.language)
 
 
-def random_edit(rng: random.Random, split: Split, kind: EditKind | None = None, *, complete: bool = False) -> Edit:
+def random_edit(
+    rng: random.Random,
+    split: Split,
+    kind: EditKind | None = None,
+    *,
+    complete: bool = False,
+    start: Callable[[random.Random], Scene] | None = None,
+) -> Edit:
     """An edit whose result is a scene of the split, and whose scene before is one, too.
 
     `complete`: one that leaves nothing open; otherwise something may be added without a word of where.
+    `start`: makes scenes before the edit that the kind can change, where not any will do.
     """
     kind = kind or rng.choice(EDIT_KINDS)
     while True:
-        before = split_scene(rng, split)
+        before = start(rng) if start else split_scene(rng, split)
         edit = _MAKERS[kind](rng, before, random_language(rng))
         if edit is None or (complete and edit.wanted != Wanted.whole(edit.after)):
             continue

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .captions import PromptKind, random_prompt
-from .edits import random_edit
+from .edits import Edit, EditKind, random_edit
 from .fusion import random_fusion
 from .questions import random_question
 from .scene import DIGITS, LETTERS, Scene
@@ -14,6 +14,8 @@ from .thoughts import rewrite, thought
 from .world import is_habitual, split_scene
 
 Mode = Literal["direct", "rewrite", "think"]  # what is written before a picture
+
+_OF_ONE: tuple[EditKind, ...] = ("recolour", "add", "move", "background")  # what a scene of one object allows
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,12 @@ class Lesson:
     Attributes:
         prompt: the user's words.
         scene: the picture to draw, None for an answer in words.
-        inputs: the pictures that the user shows.
+        inputs: the pictures that the user shows, or that were drawn in the first turn.
         trace: what is written before the picture, with its tags; "" for nothing.
         answer: the words that answer; "" for a picture.
         system_prompt: "auto" or "None".
+        first: what the user said in a turn before this one, which drew inputs[0]; "" where this is the first turn.
+        first_trace: what was written before that picture.
     """
 
     prompt: str
@@ -35,6 +39,13 @@ class Lesson:
     trace: str = ""
     answer: str = ""
     system_prompt: str = "auto"
+    first: str = ""
+    first_trace: str = ""
+
+    @property
+    def scenes(self) -> tuple[int, ...]:
+        """The numbers of all its scenes."""
+        return self.inputs if self.scene is None else (*self.inputs, self.scene)
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,8 @@ class Curriculum:
 
     Attributes:
         edits, fusions, questions: shares of the lessons; the others draw from words alone.
+        seconds: share of the lessons that edit in the second turn what the first one drew. Their rows have so many
+            lengths that batches leave most of them out.
         repeats: prompts for each scene that is drawn from words alone.
         characters: share of those scenes that show letters and digits in any case; of the others some do.
         habitual: share of the others whose objects are where nobody has to say it (`world.HABITS`).
@@ -55,6 +68,7 @@ class Curriculum:
     edits: float = 0.0
     fusions: float = 0.0
     questions: float = 0.0
+    seconds: float = 0.0
     repeats: int = 6
     characters: float = 0.0
     habitual: float = 0.3
@@ -81,9 +95,9 @@ def make_lessons(
 
 def _some(rng: random.Random, curriculum: Curriculum, first: int, system: str) -> tuple[list[Scene], list[Lesson]]:
     """The next scenes, numbered from `first`, and the lessons about them."""
-    drawn = 1 - curriculum.edits - curriculum.fusions - curriculum.questions
-    weights = (curriculum.questions, curriculum.edits, curriculum.fusions, drawn / curriculum.repeats)
-    match rng.choices(("question", "edit", "fusion", "drawing"), weights)[0]:
+    shares = (curriculum.questions, curriculum.edits, curriculum.seconds, curriculum.fusions)
+    weights = (*shares, (1 - sum(shares)) / curriculum.repeats)
+    match rng.choices(("question", "edit", "second", "fusion", "drawing"), weights)[0]:
         case "question":
             question = random_question(rng, "train", several=True)
             lesson = Lesson(question.text, None, (first,), answer=question.answer, system_prompt=system)
@@ -93,6 +107,9 @@ def _some(rng: random.Random, curriculum: Curriculum, first: int, system: str) -
             edit = random_edit(rng, "train", complete=stage == "direct" or rng.random() < curriculum.complete)
             trace = _trace(stage, edit.summary, edit.rewrite)
             return [edit.before, edit.after], [Lesson(edit.text, first + 1, (first,), trace, system_prompt=system)]
+        case "second":
+            edit, lesson = _second_turn(rng, first, system)
+            return [edit.before, edit.after], [lesson]
         case "fusion":
             fusion = random_fusion(rng, "train")
             last = first + len(fusion.inputs)
@@ -116,6 +133,32 @@ def _drawings(rng: random.Random, curriculum: Curriculum, scene: Scene, number: 
         prompt = random_prompt(rng, scene, kind=kind, habitual=stage == "direct")
         trace = _trace(stage, thought(prompt, scene), rewrite(scene, prompt.language))
         yield Lesson(prompt.text, number, (), trace, system_prompt=system)
+
+
+def _second_turn(rng: random.Random, first: int, system: str) -> tuple[Edit, Lesson]:
+    """An edit of what the turn before drew. In both turns the same is written before the picture, and never nothing."""
+    stage: Mode = rng.choice(("rewrite", "think"))
+    edit = random_edit(rng, "train", rng.choice(_OF_ONE), complete=True, start=_opening)
+    kind: PromptKind = rng.choice(("complete", "short")) if is_habitual(edit.before) else "complete"
+    prompt = random_prompt(rng, edit.before, edit.language, kind=kind)
+    lesson = Lesson(
+        edit.text,
+        first + 1,
+        (first,),
+        _trace(stage, edit.summary, edit.rewrite),
+        system_prompt=system,
+        first=prompt.text,
+        first_trace=_trace(stage, thought(prompt, edit.before), rewrite(edit.before, edit.language)),
+    )
+    return edit, lesson
+
+
+def _opening(rng: random.Random) -> Scene:
+    """What conversations begin with: one object on a plain background, so that first turns have few lengths."""
+    while True:
+        scene = split_scene(rng, "train", 1, habitual=rng.random() < 0.5)
+        if scene.background.kind == "plain" and scene.width == scene.height:
+            return scene
 
 
 def _stage(rng: random.Random, curriculum: Curriculum) -> Mode:

@@ -14,6 +14,7 @@ from hunyuan3.generate.rows import SequenceRows
 from hunyuan3.image.preprocess import patch_grid
 from hunyuan3.pictures import EncodedPicture
 from hunyuan3.text.special_tokens import SpecialTokens
+from hunyuan3.text.template import Message
 from hunyuan3.types import ImageSize
 from hunyuan3.vae.autoencoder import Posterior
 from hunyuan3.writing import TextRequest, answering, text_rows
@@ -71,8 +72,17 @@ def lay_out(folder: ModelFolder, lesson: Lesson, scenes: Sequence[Scene]) -> Row
         pictures=pictures,
         trace=lesson.trace,
         system_prompt=lesson.system_prompt,
+        history=_history(lesson, pictures),
     )
     return Row(lesson, conditioning.rows)
+
+
+def _history(lesson: Lesson, pictures: Sequence[EncodedPicture]) -> tuple[Message, ...]:
+    """The turn before this one: what the user said, what was written and drawn. Nothing where there was none."""
+    if not lesson.first:
+        return ()
+    written = [Message("assistant", lesson.first_trace)] if lesson.first_trace else []
+    return (Message("user", lesson.first), *written, Message("assistant", pictures[0].in_template()))
 
 
 def in_batches(rows: Iterable[Row], size: int, least: int, rng: random.Random) -> list[list[Row]]:

@@ -138,13 +138,20 @@ INSTRUCT = TransformerStageConfig(
 
 POLISH = TransformerStageConfig(
     curriculum=Curriculum(
-        edits=0.3, fusions=0.06, questions=0.16, characters=0.3, complete=0.5, rewritten=0.3, thought=0.25
+        edits=0.234,
+        seconds=0.22,
+        fusions=0.047,
+        questions=0.125,
+        characters=0.3,
+        complete=0.5,
+        rewritten=0.3,
+        thought=0.25,
     ),
     optimiser=OptimiserConfig(rate=1e-3, muon_rate=2e-3, ema=0.998),
     steps=2000,
     warmup=50,
     decay_share=0.8,
-    lessons=24576,
+    lessons=31488,
     repeats=4,
     shift=2.5,
     uniform=0.5,
@@ -183,7 +190,7 @@ def instruct_stage(
     return stage
 
 
-DISTIL = DistilStageConfig(curriculum=POLISH.curriculum, lessons=16384, repeats=5, seed=2)
+DISTIL = DistilStageConfig(curriculum=POLISH.curriculum, lessons=20992, repeats=5, seed=2)
 
 
 def distil_stage(config: DistilStageConfig, start: Path | None, crew: Crew | None = None) -> DistilStage:

@@ -73,13 +73,13 @@ class TransformerStageConfig:
 class Epoch:
     """Lessons laid out in batches, with what they speak of.
 
-    number: from 0. first: the step that it begins with. latents: of each scene, scaled, bfloat16.
+    number: from 0. first: the step that it begins with. latents: of each scene of a batch, scaled, bfloat16.
     """
 
     number: int
     first: int
     scenes: tuple[Scene, ...]
-    latents: tuple[torch.Tensor, ...]
+    latents: Mapping[int, torch.Tensor]
     batches: tuple[list[Row], ...]
 
 
@@ -234,8 +234,10 @@ class TransformerStage:
         scenes, lessons = make_lessons(rng, config.lessons, config.curriculum)
         rows = (lay_out(self.folder, lesson, scenes) for lesson in lessons)
         batches = in_batches(rows, config.rows, max(1, config.rows // 4), rng)
-        latents = self.crew.gathered(encode_scenes(self.vae, self.vae_config, self.crew.share(scenes)))
-        return Epoch(number, first, scenes, tuple(latents), tuple(batches))
+        seen = sorted({number for batch in batches for row in batch for number in row.lesson.scenes})
+        shared = self.crew.share([scenes[number] for number in seen])
+        latents = self.crew.gathered(encode_scenes(self.vae, self.vae_config, shared))
+        return Epoch(number, first, scenes, dict(zip(seen, latents, strict=True)), tuple(batches))
 
     def _rows(self, epoch: Epoch) -> list[Row]:
         """This step's rows. Each time through, the batches come in another order."""

@@ -353,6 +353,7 @@ def test_router_gaps_are_measured_per_row_of_a_text_stage(bench):
     [
         ("attention", "layer_out"),
         ("attention", "mask"),
+        ("embedders", "embedder.sinusoid"),
         ("embedders", "patch_embed.out"),
         ("embedders", "embedder.timestep_r_emb"),
         ("moe", "topk_index"),

@@ -6,6 +6,7 @@ of the recording or a `Fact` of its json. To add one, write it and put it into `
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,14 @@ def put_value(kinds: dict[str, list[Difference]], value: Value, recorded: torch.
     kinds.setdefault(kind, []).append(compare(value.key, value.tensor, recorded, rule))
 
 
+def sinusoid_rule(t: torch.Tensor) -> Rule:
+    """COMPONENT, and what one unit in the last place of a frequency makes of the angle t.
+
+    Processors round float32 exponentials differently: on some, several frequencies are not those of the recording.
+    """
+    return replace(COMPONENT, absolute=COMPONENT.absolute + t.abs().max().item() * torch.finfo(torch.float32).eps)
+
+
 def embedders(bench: Bench, recording: Recording) -> Iterator[Value | Fact | Note]:
     main = bench.model(recording.setting("checkpoint")).transformer()
     distilled = main
@@ -114,12 +123,13 @@ def embedders(bench: Bench, recording: Recording) -> Iterator[Value | Fact | Not
         except MissingFeatureError:
             pass  # main has no such embedders: their values are then reported as not computed
     t = recording.input("embedder.t")
-    yield Value("embedder.sinusoid", sinusoid(t))
+    rule = sinusoid_rule(t)
+    yield Value("embedder.sinusoid", sinusoid(t), rule)
     for name in ("time_embed", "time_embed_2", "timestep_emb"):
-        yield Value(f"embedder.{name}", getattr(main, name)(t))
+        yield Value(f"embedder.{name}", getattr(main, name)(t), rule)
     for name in ("guidance_emb", "timestep_r_emb"):
         if (embedder := getattr(distilled, name)) is not None:
-            yield Value(f"embedder.{name}", embedder(t))
+            yield Value(f"embedder.{name}", embedder(t), rule)
     # Which guidances these are stands in a note only. Scenarios compare the value that the loop itself feeds.
     if listed := re.search(r"\[([\d., ]+)\]", recording.setting("guidance_value_used_note", "")):
         scaled = [float(guidance) * TIME_SCALE for guidance in listed[1].split(",")]

@@ -11,6 +11,7 @@ from hunyuan3.generate.schedule import Schedule
 from hunyuan3.image.preprocess import vision_patches
 from hunyuan3.pictures import show_pictures
 from hunyuan3.pipeline import Hunyuan3
+from hunyuan3.text.template import Message
 from hunyuan3.writing import TextRequest, answering, thinking
 from tests.training.conftest import stir
 from training.draw import draw
@@ -61,23 +62,31 @@ def _shown(model: Hunyuan3, scene: Scene) -> tuple[Shown, torch.Tensor]:
     return Shown(shown.latent.expand(len(PROMPTS), -1, -1, -1), [patches] * len(PROMPTS)), encoded
 
 
-@pytest.mark.parametrize("kind", ["prompt", "trace", "picture"])
+@pytest.mark.parametrize("kind", ["prompt", "trace", "picture", "second turn"])
 @torch.no_grad()
 def test_velocity_is_that_of_the_denoise_loop(stage: TransformerStage, model: Hunyuan3, kind: str) -> None:
     """Conditional and unconditional, for every prompt, picture and time of a batch with a shared beginning."""
-    trace = TRACE if kind == "trace" else ""
+    trace = TRACE if kind in ("trace", "second turn") else ""
     shown, encoded = _shown(model, SCENES[1])
-    inputs = (1,) if kind == "picture" else ()
+    inputs = (1,) if kind in ("picture", "second turn") else ()
+    history, turn = (), {}
+    if kind == "second turn":
+        history = (
+            Message("user", "a ring"),
+            Message("assistant", TRACE),
+            Message("assistant", encoded[0].in_template()),
+        )
+        turn = {"first": "a ring", "first_trace": TRACE}
     noisy = torch.randn(len(PROMPTS) * SAMPLES, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     sigmas = torch.tensor([1.0, 0.3] * len(PROMPTS))
     conditional, unconditional = (
-        _read(stage, _batch(stage, dropped, trace=trace, inputs=inputs), [shown] * len(inputs)).velocity(
+        _read(stage, _batch(stage, dropped, trace=trace, inputs=inputs, **turn), [shown] * len(inputs)).velocity(
             Noisy(noisy, sigmas)
         )
         for dropped in (False, True)
     )
     for index, prompt in enumerate(PROMPTS):
-        conditioning = model.conditioning(prompt, trace=trace, pictures=encoded if inputs else ())
+        conditioning = model.conditioning(prompt, trace=trace, pictures=encoded if inputs else (), history=history)
         rows = conditioning.rows.showing(show_pictures(model.folder.config.vae, conditioning.pictures))
         for sample in range(SAMPLES):
             at = index * SAMPLES + sample
@@ -129,6 +138,16 @@ def test_targets_are_what_the_model_writes(stage: TransformerStage) -> None:
     for inputs in ((), (1, 2)):
         row = lay_out(stage.folder, Lesson(PROMPTS[0], 0, inputs, TRACE), SCENES)
         assert _targets(stage, row) == [*body, tokens.ratio(16)]
+
+
+def test_both_turns_are_written_by_the_model(stage: TransformerStage) -> None:
+    """The trace of the first turn is learned as that of the second is; what the user says in either is not."""
+    tokens, tokenizer = stage.folder.tokens, stage.folder.tokenizer
+    first = Lesson(PROMPTS[0], 0, (1,), TRACE, first="a ring", first_trace="<recaption>A small ring.</recaption>")
+    earlier = [*tokenizer.encode("A small ring."), tokens.recaption_end]
+    body = [*tokenizer.encode("One object."), tokens.think_end]
+    body += [*tokenizer.encode("A large circle."), tokens.recaption_end]
+    assert _targets(stage, lay_out(stage.folder, first, SCENES)) == [*earlier, *body, tokens.ratio(16)]
 
 
 def test_unconditional_rows_teach_no_words(stage: TransformerStage) -> None:

@@ -191,6 +191,25 @@ def test_edits_change_what_they_say(kind):
             assert any(last_words(phrase, language) in text for phrase in PLACE_PHRASES[language][where])
 
 
+def test_second_turns_change_what_the_first_asked_for():
+    """Same language, and the same written in both; the first turn's prompt and trace are about the picture shown."""
+    made, lessons = make_lessons(random.Random(0), 2000, POLISH.curriculum)
+    seconds = [lesson for lesson in lessons if lesson.first]
+    assert len(seconds) > 100
+    for lesson in seconds:
+        before, after = made[lesson.inputs[0]], made[lesson.scene]
+        language = "en" if lesson.first.isascii() else "zh"
+        assert lesson.prompt.isascii() == (language == "en")
+        (item,) = before.objects
+        assert COLOUR_WORDS[language][item.colour] in lesson.first.lower()
+        assert SHAPE_WORDS[language][item.shape].lower() in lesson.first.lower()
+        assert f"<recaption>{rewrite(before, language)}</recaption>" in lesson.first_trace
+        assert f"<recaption>{rewrite(after.read(), language)}</recaption>" in lesson.trace
+        assert ("<think>" in lesson.first_trace) == ("<think>" in lesson.trace)
+    assert {len(made[lesson.scene].objects) for lesson in seconds} == {1, 2}
+    assert {"<think>" in lesson.trace for lesson in seconds} == {True, False}
+
+
 def test_fusions_take_shape_colour_and_background():
     rng = stream("train", 7)
     for count in (2, 3):
