@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from hunyuan3.image.resolution import ResolutionTable
+from hunyuan3.pictures import EncodedPicture
 from hunyuan3.pipeline import Hunyuan3
+from hunyuan3.text.template import Message
 from hunyuan3.writing import TextRequest, answering, choosing_ratio, thinking
 
 from .draw import draw
@@ -50,11 +52,17 @@ class Candidate:
     def draw(self, task: DrawingTask, mode: Mode) -> Drawing:
         """The picture, of the size of the task's scene whatever ratio the candidate would have chosen."""
         pictures = self.model.encode_pictures([draw(scene) for scene in task.inputs])
+        history = self._history(task, pictures, mode) if task.first else ()
         trace, ratio = "", None
         if mode != "direct" or not pictures:  # a picture that is shown gives the ratio
-            trace, ratio = self._write(TextRequest(task.text, pictures=pictures), mode)
+            trace, ratio = self._write(TextRequest(task.text, pictures=pictures, history=history), mode)
         conditioning = self.model.conditioning(
-            task.text, width=task.scene.width, height=task.scene.height, pictures=pictures, trace=trace
+            task.text,
+            width=task.scene.width,
+            height=task.scene.height,
+            pictures=pictures,
+            trace=trace,
+            history=history,
         )
         run = self.model.sample(conditioning, seed=self.seed, **self.sampling)
         return Drawing(self.model.pictures(run.latents)[0], trace, ratio)
@@ -71,6 +79,12 @@ class Candidate:
         """uint8 pictures [count, height, width, 3] through the VAE and back."""
         latents = self.model.encode(torch.from_numpy(pictures).float() / 255)
         return (self.model.decode(latents) * 255).round().to(torch.uint8).numpy()
+
+    def _history(self, task: DrawingTask, pictures: tuple[EncodedPicture, ...], mode: Mode) -> tuple[Message, ...]:
+        """The turn before: what was asked, what the candidate writes to that, and the picture, drawn as asked."""
+        trace = "" if mode == "direct" else self._write(TextRequest(task.first), mode)[0]
+        written = [Message("assistant", trace)] if trace else []
+        return (Message("user", task.first), *written, Message("assistant", pictures[0].in_template()))
 
     def _write(self, request: TextRequest, mode: Mode) -> tuple[str, int | None]:
         """(trace, ratio) of the text pass before a drawing."""

@@ -45,7 +45,7 @@ colour, shape and place. What the VAE allows (true scenes, encoded and decoded):
 
 ## Training
 
-{logs}
+{notes}{logs}
 """
 
 _DISTILLED = """
@@ -53,8 +53,11 @@ _DISTILLED = """
 Distilled: a picture takes 8 single passes, where its teacher, the Instruct model, takes 20 of two branches each."""
 
 
-def card(folder: Path, logs: Sequence[Path], scores: str = "", ceiling: str = "") -> str:
-    """The card's text. scores, ceiling: what `training.score` printed, without and with `--vae`."""
+def card(folder: Path, logs: Sequence[Path], scores: str = "", ceiling: str = "", notes: str = "") -> str:
+    """The card's text. scores, ceiling: what `training.score` printed, without and with `--vae`.
+
+    notes: what is to be said about the run, before its logs.
+    """
     return _TEXT.format(
         name=folder.name,
         path=folder.as_posix(),
@@ -62,6 +65,7 @@ def card(folder: Path, logs: Sequence[Path], scores: str = "", ceiling: str = ""
         parts=_parts(folder),
         scores=scores.strip() or "Not scored yet.",
         ceiling=ceiling.strip().removeprefix("ceiling: ") or "not measured yet",
+        notes=f"{notes.strip()}\n\n" if notes.strip() else "",
         logs="\n\n".join(_log(log) for log in logs),
     )
 
@@ -101,12 +105,13 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, nargs="*", default=[], help="CSV logs of the stages, in order")
     parser.add_argument("--scores", type=Path, help="what training.score printed (its --dump has it as table.md)")
     parser.add_argument("--ceiling", type=Path, help="what training.score --vae printed")
+    parser.add_argument("--notes", type=Path, help="what to say about the run, before its logs")
     args = parser.parse_args()
     try:
-        scores, ceiling = (
-            "" if file is None else file.read_text(encoding="utf-8") for file in (args.scores, args.ceiling)
-        )
-        text = card(args.folder, args.logs, scores, ceiling)
+        texts = [
+            "" if file is None else file.read_text(encoding="utf-8") for file in (args.scores, args.ceiling, args.notes)
+        ]
+        text = card(args.folder, args.logs, *texts)
         (args.folder / "README.md").write_text(text, encoding="utf-8")
     except (Hunyuan3Error, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -1,19 +1,24 @@
 """The best score that a VAE allows: true scenes, encoded and decoded, looked at by the detector."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import groupby, islice
 
 import numpy as np
+import torch
 
 from .detect import detect
 from .draw import draw_array
+from .flat_vae import FlatVAE
 from .marks import Marks, average, score_scene
+from .vae import TINY_VAE, to_pixels
 from .wanted import Wanted
 from .world import scenes
 
 # uint8 pictures [count, height, width, 3] -> the same after a round trip.
 EncodeDecode = Callable[[np.ndarray], np.ndarray]
 _BATCH = 32
+_CEILINGS = {"one-object": 1, "two-object": 2, "three-object": 3}
+_GATE = {"one-object": 0.97, "two-object": 0.95}  # what the VAE must reach before the transformer is worth training
 
 
 def ceiling(encode_decode: EncodeDecode, count: int, objects: int | None = None, seed: int = 1) -> Marks:
@@ -30,3 +35,24 @@ def ceiling(encode_decode: EncodeDecode, count: int, objects: int | None = None,
             pictures = encode_decode(np.stack([draw_array(scene) for scene in part]))
             marks += [score_scene(detect(p), Wanted.whole(s)) for p, s in zip(pictures, part, strict=True)]
     return average(marks)
+
+
+def gate(encode_decode: EncodeDecode, count: int) -> str:
+    """The ceilings of `count` scenes each of one, two and three objects, and whether they reach the gate: a line."""
+    marks = {name: ceiling(encode_decode, count, objects) for name, objects in _CEILINGS.items()}
+    shares = " ".join(f"{name} {mark.all:.3f} (shape {mark.shape:.3f})" for name, mark in marks.items())
+    reached = all(marks[name].all >= least for name, least in _GATE.items())
+    return f"ceiling: {shares}, {'reaches' if reached else 'misses'} the gate"
+
+
+def flat_round_trip(state: Mapping[str, torch.Tensor]) -> EncodeDecode:
+    """A `FlatVAE`'s weights -> pictures through it and back, in the bfloat16 that they were trained in."""
+    vae = FlatVAE(TINY_VAE, torch.bfloat16).requires_grad_(False)
+    vae.load_state_dict({name: tensor.to(torch.bfloat16).float() for name, tensor in state.items()})
+
+    def encode_decode(pictures: np.ndarray) -> np.ndarray:
+        mean, _ = vae.encode(to_pixels(pictures))
+        pixels = (vae.decode(mean).clamp(-1, 1) * 0.5 + 0.5) * 255
+        return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    return encode_decode

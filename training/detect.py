@@ -20,7 +20,8 @@ _CORE = 30  # pixels that a blob must keep when its rim is taken off
 _SIDE = 32  # of the masks that are compared
 _LIKENESS = 0.7  # intersection over union below which a blob is no known shape
 _NAMED = 30.0  # Lab distance from a name's colour beyond which a colour has no name
-_RIM = 0.2  # below which it is no object at all: rims have 0.03 to 0.14
+_RIM = 0.2  # below which it may be a mere rim: those have 0.03 to 0.14
+_RIM_DEPTH = 2.5  # pixels from its inside to its border up to which it is one
 _ZOOMS = (1.0, 1.05, 1.1)  # a blurred tip shortens the bounding box: larger boxes are tried, too
 _SHIFTS = ((0.0, 0.0), (0.0, -0.04), (0.0, 0.04), (-0.03, 0.0), (0.03, 0.0))  # down, across; shares of the box
 
@@ -157,7 +158,7 @@ def _nearest_names(lab: np.ndarray) -> np.ndarray:
 
 
 def _blobs(foreground: np.ndarray, label: np.ndarray) -> list[np.ndarray]:
-    """Connected pixels of one colour that are more than a rim; bool masks [height, width]."""
+    """Connected pixels of one colour, without specks (to about 7 pixels across); bool masks [height, width]."""
     blobs = []
     for name in range(len(NAMES)):
         pieces, count = ndimage.label(foreground & (label == name))
@@ -187,7 +188,7 @@ def _look_at(blob: np.ndarray, blobs: list[np.ndarray], rgb: np.ndarray, backdro
     (top, left), (bottom, right) = inside.min(0), inside.max(0) + 1
     x, y, size = float(left + right) / 2, float(top + bottom) / 2, float(max(right - left, bottom - top))
     shape, likeness = _shape(coverage, x, y, size)
-    if likeness < _RIM:
+    if likeness < _RIM and ndimage.distance_transform_edt(blob).max() <= _RIM_DEPTH:
         return None
     where = place(x, y, rgb.shape[1], rgb.shape[0])
     return FoundObject(shape if likeness >= _LIKENESS else None, _name(colour) or None, x, y, size, where, likeness)

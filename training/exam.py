@@ -10,6 +10,7 @@ from .edits import EDIT_KINDS, EditKind, random_edit
 from .fusion import random_fusion
 from .questions import QUESTION_KINDS, QuestionKind, random_question
 from .scene import DIGITS, LETTERS, Scene
+from .turns import random_turns
 from .wanted import Wanted
 from .words import Language
 from .world import split_scene, stream
@@ -17,7 +18,7 @@ from .world import split_scene, stream
 # Of a hundred prompts, how many are of which kind; short ones, edits, fusions and questions come on top.
 _PROMPTS = {"one": 35, "two": 35, "three": 10, "letter": 20}
 _OBJECTS = {"one": (1,), "two": (2,), "three": (3,), "letter": (1,), "short": (1, 2, 2, 2)}
-_SHORT, _EDITS, _FUSIONS, _QUESTIONS = 20, 25, 10, 50
+_SHORT, _EDITS, _TURNS, _FUSIONS, _QUESTIONS = 20, 25, 10, 10, 50
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class DrawingTask:
     """A picture to draw.
 
     Attributes:
-        kind: of a prompt "one", "two", "three" (objects), "letter" or "short"; "edit recolour" and so on; "fuse 2",
-            "fuse 3".
+        kind: of a prompt "one", "two", "three" (objects), "letter" or "short"; "edit recolour" and so on; "turn 2";
+            "fuse 2", "fuse 3".
         scene: one right result: the picture is to have its size, and a rewrite describes it.
-        inputs: the scenes of the input pictures.
+        inputs: the scenes of the input pictures, or of the one that was drawn in the turn before.
+        first: what that turn asked for, "" where there is none.
     """
 
     kind: str
@@ -37,6 +39,7 @@ class DrawingTask:
     wanted: Wanted
     scene: Scene
     inputs: tuple[Scene, ...] = ()
+    first: str = ""
 
     @property
     def is_decided(self) -> bool:
@@ -46,7 +49,7 @@ class DrawingTask:
     @property
     def is_edit(self) -> bool:
         """Whether one picture is to be changed; its rest is to stay."""
-        return self.kind.startswith("edit ")
+        return self.kind.startswith("edit ") or bool(self.first)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def exam(prompts: int = 200, seed: int = 0) -> list[Task]:
         add(kind, prompts * share / 100, lambda rng, kind=kind: _prompt(rng, kind))
     for kind in EDIT_KINDS:
         add(f"edit {kind}", prompts * _EDITS / 100 / len(EDIT_KINDS), lambda rng, kind=kind: _edit(rng, kind))
+    add("turn 2", prompts * _TURNS / 100, _second_turn)
     for pictures in (2, 3):
         add(f"fuse {pictures}", prompts * _FUSIONS / 200, lambda rng, pictures=pictures: _fusion(rng, pictures))
     for kind in QUESTION_KINDS:
@@ -102,6 +106,14 @@ def _prompt(rng: random.Random, kind: str) -> DrawingTask:
 def _edit(rng: random.Random, kind: EditKind) -> DrawingTask:
     edit = random_edit(rng, "held-out", kind, complete=True)
     return DrawingTask(f"edit {kind}", edit.text, edit.language, edit.wanted, edit.after, (edit.before,))
+
+
+def _second_turn(rng: random.Random) -> DrawingTask:
+    turns = random_turns(rng, "held-out")
+    edit = turns.edit
+    return DrawingTask(
+        "turn 2", edit.text, edit.language, edit.wanted, edit.after, (edit.before,), first=turns.first.text
+    )
 
 
 def _fusion(rng: random.Random, pictures: int) -> DrawingTask:

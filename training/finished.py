@@ -6,14 +6,24 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from hunyuan3.errors import RequestError
 from hunyuan3.pipeline import Hunyuan3
 
 from .state import load_state
 
 
 def start_of(path: Path) -> dict[str, Any]:
-    """What a stage takes from the one before: its state file, or the folder that was exported from it."""
-    return state_of_folder(path) if path.is_dir() else load_state(path)["stage"]
+    """What a stage takes from the one before: its state file, or the folder that was exported from it.
+
+    Raises RequestError for the state of a stage that is not over.
+    """
+    if path.is_dir():
+        return state_of_folder(path)
+    saved = load_state(path)
+    done, length = saved["stage"]["done"], saved.get("steps", 0)
+    if done < length:
+        raise RequestError(f"{path} is at step {done} of {length}: finish that stage first.")
+    return saved["stage"]
 
 
 def state_of_folder(folder: Path) -> dict[str, Any]:

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .captions import PromptKind, random_prompt
-from .edits import Edit, EditKind, random_edit
+from .edits import Edit, random_edit
 from .fusion import random_fusion
 from .questions import random_question
 from .scene import DIGITS, LETTERS, Scene
 from .thoughts import rewrite, thought
+from .turns import random_turns
 from .world import is_habitual, split_scene
 
 Mode = Literal["direct", "rewrite", "think"]  # what is written before a picture
-
-_OF_ONE: tuple[EditKind, ...] = ("recolour", "add", "move", "background")  # what a scene of one object allows
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,8 @@ def _drawings(rng: random.Random, curriculum: Curriculum, scene: Scene, number: 
 def _second_turn(rng: random.Random, first: int, system: str) -> tuple[Edit, Lesson]:
     """An edit of what the turn before drew. In both turns the same is written before the picture, and never nothing."""
     stage: Mode = rng.choice(("rewrite", "think"))
-    edit = random_edit(rng, "train", rng.choice(_OF_ONE), complete=True, start=_opening)
-    kind: PromptKind = rng.choice(("complete", "short")) if is_habitual(edit.before) else "complete"
-    prompt = random_prompt(rng, edit.before, edit.language, kind=kind)
+    turns = random_turns(rng, "train")
+    edit, prompt = turns.edit, turns.first
     lesson = Lesson(
         edit.text,
         first + 1,
@@ -151,14 +149,6 @@ def _second_turn(rng: random.Random, first: int, system: str) -> tuple[Edit, Les
         first_trace=_trace(stage, thought(prompt, edit.before), rewrite(edit.before, edit.language)),
     )
     return edit, lesson
-
-
-def _opening(rng: random.Random) -> Scene:
-    """What conversations begin with: one object on a plain background, so that first turns have few lengths."""
-    while True:
-        scene = split_scene(rng, "train", 1, habitual=rng.random() < 0.5)
-        if scene.background.kind == "plain" and scene.width == scene.height:
-            return scene
 
 
 def _stage(rng: random.Random, curriculum: Curriculum) -> Mode:

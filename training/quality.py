@@ -10,8 +10,10 @@ arithmetic, the checkpoint's own steps). A setting can cost likeness (the pictur
 
 import argparse
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,14 +27,25 @@ from hunyuan3.pipeline import Hunyuan3
 from hunyuan3.quant.policy import FORMATS
 
 from .candidate import Candidate
-from .exam import DrawingTask, exam
+from .exam import QuestionTask, Task, exam
 from .likeness import psnr, ssim
 from .markdown import row_of
-from .marks import mean
+from .marks import answer_right, mean
+from .results import Result
 from .score import judge
 
-_KINDS = ("one", "two")
-_HEADS = ("setting", "one object", "two objects", "background", "PSNR, median", "SSIM, median", "equal")
+_KINDS = ("one", "two", "edit", "ask")  # what the exam's kinds begin with
+_HEADS = (
+    "setting",
+    "one object",
+    "two objects",
+    "edits",
+    "answers",
+    "background",
+    "PSNR, median",
+    "SSIM, median",
+    "equal",
+)
 
 
 @dataclass(frozen=True)
@@ -47,10 +60,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures uint8 [H, W, 3] by task, and which were right: objects of each kind, backgrounds."""
+    """Pictures uint8 [H, W, 3] by task, and what was right: of each of `_KINDS`, and of the backgrounds."""
 
     pictures: tuple[np.ndarray, ...]
-    right: dict[str, float]
+    right: dict[str, float | None]
     background: float | None
 
 
@@ -71,9 +84,12 @@ def settings(steps: int, distil: Path | None = None) -> list[Setting]:
 
 
 def quality(
-    folder: Path, tasks: Sequence[DrawingTask], wanted: Sequence[Setting], seed: int = 0
+    folder: Path, tasks: Sequence[Task], wanted: Sequence[Setting], seed: int = 0
 ) -> Iterator[tuple[Setting, Drawn]]:
-    """Draws the tasks in every setting. Each is opened once before the first drawing, so that none fails late."""
+    """Does the tasks in every setting, pictures drawn at once.
+
+    Each setting is opened once before the first drawing, so that none fails late.
+    """
 
     def opened(setting: Setting) -> Hunyuan3:
         return Hunyuan3.open(setting.folder or folder, **({"dtype": "float32"} | setting.load))
@@ -82,16 +98,31 @@ def quality(
         opened(setting)  # reads no weights, and nothing is kept
     for setting in tqdm(wanted, desc="quality", unit="setting"):
         candidate = Candidate(opened(setting), setting.sampling, seed)
-        drawings = [candidate.draw(task, "direct") for task in tasks]
-        results = [
-            judge(task, "direct", drawing, candidate.rows) for task, drawing in zip(tasks, drawings, strict=True)
-        ]
-        right = {
-            kind: float(np.mean([bool(result.marks.all) for result in results if result.kind == kind]))
-            for kind in _KINDS
-        }
-        background = mean(result.marks.background for result in results)  # of those whose prompt names it
-        yield setting, Drawn(tuple(np.asarray(d.picture) for d in drawings), right, background)
+        pictures, rows = [], []
+        for task in tasks:
+            if isinstance(task, QuestionTask):
+                rows.append(Result(task.kind, "answer", text=answer_right(candidate.answer(task), task.answer)))
+            else:
+                drawing = candidate.draw(task, "direct")
+                pictures.append(np.asarray(drawing.picture))
+                rows.append(judge(task, "direct", drawing, candidate.rows))
+        right = {kind: mean(row.success for row in rows if row.kind.startswith(kind)) for kind in _KINDS}
+        background = mean(row.marks.background for row in rows if row.marks is not None)  # where the prompt names it
+        yield setting, Drawn(tuple(pictures), right, background)
+
+
+def some_of_each(count: int, number: int) -> list[Task]:
+    """`count` tasks of each of `_KINDS` from an exam, of an edit's and a question's kinds in turn."""
+    tasks = exam(10 * count, number)  # so many that it has `count` of each
+    found: list[Task] = []
+    for beginning in _KINDS:
+        groups: dict[str, list[Task]] = defaultdict(list)
+        for task in tasks:
+            if task.kind.startswith(beginning):
+                groups[task.kind].append(task)
+        in_turn = [task for some in zip_longest(*groups.values()) for task in some if task is not None]
+        found += in_turn[:count]
+    return found
 
 
 def table(done: Sequence[tuple[Setting, Drawn]]) -> str:
@@ -112,21 +143,24 @@ def table(done: Sequence[tuple[Setting, Drawn]]) -> str:
     return "\n".join(lines)
 
 
-def page(folder: Path, done: Sequence[tuple[Setting, Drawn]], prompts: int, command: str) -> str:
-    """docs/quality.md."""
-    each = prompts // 2
+def page(folder: Path, done: Sequence[tuple[Setting, Drawn]], prompts: int, number: int, command: str) -> str:
+    """docs/quality.md. prompts: of each kind. number: of the exam."""
     return f"""# What formats, step caches and fewer steps cost
 
 Measured with the tiny checkpoint [{folder.name}](../{folder.as_posix()}/README.md), which draws a small world:
-{prompts} held-out prompts, the same seeds in every setting, judged by a detector that uses no network. Written by
+{prompts} held-out prompts for one object, as many for two, as many edits and as many questions (of exam {number}, see
+[training](../training/README.md)), with the same seeds in every setting, judged by a detector that uses no network.
+Written by
 
     {command}
 
 "One object" and "two objects": share of pictures in which every object has the colour, shape and place that was asked
-for; "background": of the pictures whose prompt names one, those that have it. PSNR and SSIM compare with the
-reference's picture of the same seed: a setting can cost likeness (it is another picture) without costing score (it is
-as right). Of {each} pictures of a kind one counts {1 / each:.2f}: scores that differ by less than about
-0.15 do not differ; likeness tells the order. And a model of five million numbers is not one of eighty billion.
+for; "edits": those that show what the edit should leave; "background": of the pictures whose prompt names one, the
+share that has it. PSNR and SSIM compare with the reference's picture of the same seed: a setting can cost likeness (it is
+another picture) without costing score (it is as right). Of {prompts} of a kind one counts {1 / prompts:.2f}: scores that
+differ by less than about 0.15 do not differ; likeness tells the order. Formats and step caches compute in float32, so
+that nothing else differs; what bfloat16 arithmetic costs is its own line. The distilled model is another one: its
+likeness says how near it comes to its teacher. And a model of five million numbers is not one of eighty billion.
 
 {table(done)}
 """
@@ -137,14 +171,14 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> i
     parser = argparse.ArgumentParser(prog="python -m training.quality", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="checkpoint folder")
     parser.add_argument("--distil", type=Path, help="the distilled checkpoint's folder")
-    parser.add_argument("--prompts", type=int, default=100, help="prompts, half of them of two objects")
+    parser.add_argument("--prompts", type=int, default=20, help="tasks of each kind (default: 20)")
+    parser.add_argument("--exam", type=int, default=1, help="of which exam (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="file to write; default: the table is printed")
     args = parser.parse_args(argv)
-    if args.prompts < 2:
-        parser.error("--prompts must be at least 2")
-    tasks = [task for task in exam(2 * args.prompts) if task.kind in _KINDS]
-    tasks = [t for kind in _KINDS for t in [task for task in tasks if task.kind == kind][: args.prompts // 2]]
+    if args.prompts < 1:
+        parser.error("--prompts must be at least 1")
+    tasks = some_of_each(args.prompts, args.exam)
     try:
         steps = Hunyuan3.open(args.folder).folder.generation.steps
         command = " ".join(["python -m training.quality", *(sys.argv[1:] if argv is None else argv)])
@@ -154,7 +188,7 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> i
         for line in quality(args.folder, tasks, settings(steps, args.distil), args.seed):
             done.append(line)
             if args.out is not None:
-                args.out.write_text(page(args.folder, done, len(tasks), command), encoding="utf-8")
+                args.out.write_text(page(args.folder, done, args.prompts, args.exam, command), encoding="utf-8")
     except (Hunyuan3Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -28,6 +28,13 @@ class Result:
     text: bool | None = None
     ratio: bool | None = None
 
+    @property
+    def success(self) -> bool:
+        """Whether it was done: of an answer the words, of a picture all objects, of an edit the background, too."""
+        if self.marks is None:
+            return bool(self.text)
+        return bool(self.marks.all and (self.preserved is None or self.marks.background))
+
 
 @dataclass(frozen=True)
 class Results:
@@ -57,10 +64,10 @@ class Results:
         """The four numbers that sum the exam up. Pictures count in direct mode."""
         drawn = [row for row in self.rows if row.marks and row.mode == "direct"]
         parts = {
-            "one-object": [row.marks.all for row in drawn if row.kind == "one"],
-            "two-object": [row.marks.all for row in drawn if row.kind == "two"],
-            "edit": [_success(row) for row in drawn if row.preserved is not None],
-            "ask": [row.text for row in self.rows if row.mode == "answer"],
+            "one-object": [row.success for row in drawn if row.kind == "one"],
+            "two-object": [row.success for row in drawn if row.kind == "two"],
+            "edit": [row.success for row in drawn if row.kind.startswith("edit ")],
+            "ask": [row.success for row in self.rows if row.mode == "answer"],
         }
         return "score: " + " ".join(f"{name} {_shown(mean(values))}" for name, values in parts.items())
 
@@ -82,13 +89,7 @@ class Results:
 
     @staticmethod
     def _edit(rows: Sequence[Result]) -> list[float | None]:
-        return [mean(map(_success, rows)), mean(row.preserved for row in rows), mean(row.text for row in rows)]
-
-
-def _success(row: Result) -> float:
-    """An edit is right when objects and background are what they should be."""
-    assert row.marks is not None
-    return float(row.marks.all and row.marks.background)
+        return [mean(row.success for row in rows), mean(row.preserved for row in rows), mean(row.text for row in rows)]
 
 
 def _shown(value: float | None) -> str:

@@ -4,6 +4,7 @@
     python -m training.run transformer --minutes 60 --state transformer.pt --from vae.pt
     python -m training.run instruct --minutes 60 --state instruct.pt --from transformer.pt
     python -m training.run polish --minutes 60 --state polish.pt --from instruct.pt
+    python -m training.run turns --minutes 60 --state turns.pt --from polish.pt
     python -m training.run distil --minutes 60 --state distil.pt --from checkpoints/hunyuan3-tiny-instruct
     python -m training.run compact --state instruct.pt --out instruct-compact.pt
     python -m training.run export --state instruct.pt --out checkpoints/hunyuan3-tiny-instruct
@@ -25,6 +26,8 @@ from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
+
+from hunyuan3.errors import Hunyuan3Error
 
 from .crew import Crew
 from .distil import DistilStage, DistilStageConfig
@@ -67,11 +70,20 @@ def train(stage: Stage, path: Path, minutes: float, crew: Crew | None = None, na
     seconds = 0.0
     if path.exists():
         saved = saved_as(name, path)
+        length = saved.get("steps", 0)
+        if saved["stage"]["done"] < length != stage.config.steps:
+            raise SystemExit(
+                f"{path} is at step {saved['stage']['done']} of {length}; go on with --steps {length} first."
+            )
         stage.restore(saved["stage"])
         seconds = saved["seconds"]
         _log.info("%s: goes on from step %d", name, stage.done)
     if crew.rank == 0:
         _keep_lines(path.with_suffix(".csv"), stage.done)
+
+    def saving(time_taken: float) -> dict[str, Any]:
+        return {"name": name, "stage": stage.state(), "seconds": time_taken, "steps": stage.config.steps}
+
     started = last = saved_at = time.monotonic()
     records: list[dict[str, float]] = []
     while stage.done < stage.config.steps and crew.agreed(time.monotonic() - started < 60 * minutes):
@@ -84,14 +96,14 @@ def train(stage: Stage, path: Path, minutes: float, crew: Crew | None = None, na
             _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
             records, last = [], now
         if now - saved_at >= SAVE_SECONDS:
-            save_state(path, {"name": name, "stage": stage.state(), "seconds": seconds + now - started})
+            save_state(path, saving(seconds + now - started))
             saved_at = now
     if crew.rank:
         return
     now = time.monotonic()
     if records:
         _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
-    save_state(path, {"name": name, "stage": stage.state(), "seconds": seconds + now - started})
+    save_state(path, saving(seconds + now - started))
 
 
 def saved_as(name: str, path: Path) -> dict[str, Any]:
@@ -138,25 +150,29 @@ INSTRUCT = TransformerStageConfig(
 
 POLISH = TransformerStageConfig(
     curriculum=Curriculum(
-        edits=0.234,
-        seconds=0.22,
-        fusions=0.047,
-        questions=0.125,
-        characters=0.3,
-        complete=0.5,
-        rewritten=0.3,
-        thought=0.25,
+        edits=0.3, fusions=0.06, questions=0.16, characters=0.3, complete=0.5, rewritten=0.3, thought=0.25
     ),
     optimiser=OptimiserConfig(rate=1e-3, muon_rate=2e-3, ema=0.998),
     steps=2000,
     warmup=50,
     decay_share=0.8,
-    lessons=31488,
+    lessons=24576,
     repeats=4,
     shift=2.5,
     uniform=0.5,
     seed=5,
 )
+
+TURNS = replace(
+    POLISH,
+    curriculum=replace(POLISH.curriculum, edits=0.234, seconds=0.22, fusions=0.047, questions=0.125),
+    steps=1400,
+    lessons=31488,
+)
+
+
+_INSTRUCTIONS = {"instruct": INSTRUCT, "polish": POLISH, "turns": TURNS}
+_STAGES = ("vae", "transformer", *_INSTRUCTIONS, "distil")
 
 
 def transformer_stage(
@@ -179,7 +195,7 @@ def transformer_stage(
 def instruct_stage(
     config: TransformerStageConfig, state: Path, start: Path | None, crew: Crew | None = None
 ) -> TransformerStage:
-    """The third stage, or its end; without a state file it starts from the averaged weights of the one before."""
+    """The third stage or one of its ends; without a state file it starts from the averaged weights of another."""
     if state.exists():
         return transformer_stage(config, state, crew=crew)
     if start is None or not start.exists():
@@ -190,7 +206,7 @@ def instruct_stage(
     return stage
 
 
-DISTIL = DistilStageConfig(curriculum=POLISH.curriculum, lessons=20992, repeats=5, seed=2)
+DISTIL = DistilStageConfig(curriculum=TURNS.curriculum, lessons=20992, repeats=5, seed=2)
 
 
 def distil_stage(config: DistilStageConfig, start: Path | None, crew: Crew | None = None) -> DistilStage:
@@ -221,7 +237,7 @@ def _stage_of(config: TransformerStageConfig, saved: Mapping[str, Any], crew: Cr
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.run", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("vae", "transformer", "instruct", "polish", "distil", "compact", "export"))
+    parser.add_argument("stage", choices=(*_STAGES, "compact", "export"))
     parser.add_argument("--minutes", type=float, default=60.0, help="after which to stop and save")
     parser.add_argument("--state", type=Path, help="state file (default: STAGE.pt); its log lies beside it")
     parser.add_argument("--from", dest="start", type=Path, help="state or folder of the stage before, where one begins")
@@ -235,23 +251,31 @@ def main() -> None:
     state = args.state or Path(f"{args.stage}.pt")
     if args.stage not in ("compact", "export") and state.exists():
         saved_as(args.stage, state)
+    try:
+        _run(args, state)
+    except Hunyuan3Error as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def _run(args: argparse.Namespace, state: Path) -> None:
+    """Trains the stage that was named, or rewrites its state."""
     steps = {"steps": args.steps} if args.steps else {}
     match args.stage:
         case "vae" if Crew.joined().size > 1:
             raise SystemExit("The VAE is trained by one process: start it without torchrun.")
         case "vae":
             train(VAEStage(replace(VAEStageConfig(), **steps)), state, args.minutes)
-        case "transformer" | "instruct" | "polish" | "distil":
+        case "transformer":
             crew = Crew.joined()
-            match args.stage:
-                case "transformer":
-                    stage = transformer_stage(replace(TransformerStageConfig(), **steps), state, args.start, crew)
-                case "instruct" | "polish":
-                    config = INSTRUCT if args.stage == "instruct" else POLISH
-                    stage = instruct_stage(replace(config, **steps), state, args.start, crew)
-                case _:
-                    stage = distil_stage(replace(DISTIL, **steps), args.start, crew)
+            stage = transformer_stage(replace(TransformerStageConfig(), **steps), state, args.start, crew)
             train(stage, state, args.minutes, crew, args.stage)
+        case "instruct" | "polish" | "turns":
+            crew = Crew.joined()
+            stage = instruct_stage(replace(_INSTRUCTIONS[args.stage], **steps), state, args.start, crew)
+            train(stage, state, args.minutes, crew, args.stage)
+        case "distil":
+            crew = Crew.joined()
+            train(distil_stage(replace(DISTIL, **steps), args.start, crew), state, args.minutes, crew, args.stage)
         case _ if args.state is None or args.out is None:
             raise SystemExit("--state and --out say what to read, and what to write.")
         case _ if not state.exists():

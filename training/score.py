@@ -24,16 +24,14 @@ from hunyuan3.quant.policy import FORMATS
 from hunyuan3.text.trace import recaption_body
 
 from .candidate import MODES, Candidate, Drawing, Mode
-from .ceiling import ceiling
+from .ceiling import flat_round_trip, gate
 from .detect import detect
 from .draw import draw, draw_array
 from .exam import DrawingTask, QuestionTask, Task, exam
+from .finished import start_of
 from .marks import answer_right, preservation, rewrite_right, score_scene
 from .results import Result, Results
 
-_CEILING_PICTURES = 200
-_CEILINGS = {"one-object": 1, "two-object": 2, "three-object": 3}
-_GATE = {"one-object": 0.97, "two-object": 0.95}  # what the VAE must reach before the transformer is worth training
 _GREY = (128, 128, 128)
 
 
@@ -92,7 +90,8 @@ class _Dump:
         file = f"{name}-{len(strips):03}.png"
         pictures[-1].save(self.folder / file)
         strips.append(_side_by_side(pictures))
-        line = {"file": file, "prompt": task.text, **written, **asdict(result)}
+        before = {"first": task.first} if isinstance(task, DrawingTask) and task.first else {}
+        line = {"file": file, **before, "prompt": task.text, **written, **asdict(result)}
         with self.prompts.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -119,27 +118,19 @@ def _sheet(strips: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _score_vae(candidate: Candidate) -> str:
-    """The ceiling that the VAE sets, as a line."""
-    marks = {name: ceiling(candidate.round_trip, _CEILING_PICTURES, objects) for name, objects in _CEILINGS.items()}
-    shares = " ".join(f"{name} {mark.all:.3f} (shape {mark.shape:.3f})" for name, mark in marks.items())
-    reached = all(marks[name].all >= least for name, least in _GATE.items())
-    return f"ceiling: {shares}, {'reaches' if reached else 'misses'} the gate"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m training.score", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("model", type=Path, metavar="FOLDER", help="checkpoint folder")
+    add("model", type=Path, metavar="FOLDER", help="checkpoint folder; with --vae also the state of the VAE's stage")
     add("--dump", type=Path, help="folder for the pictures and prompts")
     add(
         "--prompts",
         type=int,
         default=200,
-        help="prompts; short ones, edits, fusions and questions come on top (default: 200)",
+        help="prompts, the other tasks come on top; with --vae scenes of each kind (default: 200)",
     )
-    add("--exam", type=int, default=0, help="which tasks: each number has others of its own (default: 0)")
+    add("--exam", type=int, default=1, help="which tasks: each number has others of its own (default: 1, the cards')")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="ways to draw (default: all)")
     add("--kinds", nargs="+", help="tasks to do, by the beginnings of their kinds: one, edit, ask ... (default: all)")
     add("--vae", action="store_true", help="score only the VAE: true scenes, encoded and decoded")
@@ -154,12 +145,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.prompts < 1:
         parser.error("--prompts must be at least 1")
     try:
+        if args.vae and args.model.is_file():
+            print(gate(flat_round_trip(start_of(args.model)["optimiser"]["average"]), args.prompts))
+            return 0
         model = Hunyuan3.open(args.model, device=args.device, format=args.format)
         taylor = TaylorOptions(interval=args.taylor) if args.taylor else None
         sampling = {"steps": args.steps, "guidance": args.guidance, "shift": args.shift, "taylor": taylor}
         candidate = Candidate(model, sampling, args.seed)
         if args.vae:
-            print(_score_vae(candidate))
+            print(gate(candidate.round_trip, args.prompts))
             return 0
         every = exam(args.prompts, args.exam)
         for kind in args.kinds or ():

@@ -15,9 +15,10 @@ def test_card_counts_weights_and_thins_logs(small_stage: Callable[..., Transform
     folder = stage.export(tmp_path / "hunyuan3-tiny-test")
     log = tmp_path / "transformer.csv"
     log.write_text("step,seconds,flow\n" + "".join(f"{10 * i},{60 * i},0.5\n" for i in range(1, 101)))
-    text = card(folder, [log], "| one | 0.5 |", "ceiling: one-object 0.99")
+    text = card(folder, [log], "| one | 0.5 |", "ceiling: one-object 0.99", "One seed.\n")
     assert "encoded and decoded): one-object 0.99." in text
     assert "# hunyuan3-tiny-test" in text
+    assert "## Training\n\nOne seed.\n\n`transformer`" in text
     assert "| one | 0.5 |" in text
     assert "`transformer`: 1000 steps in 100 minutes." in text
     assert 10 < text.count("| 0.5 |\n") < 20

@@ -1,13 +1,10 @@
 """The scorer's eye: drawings are read back, and nothing wrong is taken for right."""
 
-import pytest
-
-pytest.importorskip("scipy")
-
 from dataclasses import replace
 from itertools import islice
 
 import numpy as np
+import pytest
 from PIL import Image, ImageFilter
 
 from training.detect import detect
@@ -111,6 +108,16 @@ def test_a_missing_and_a_superfluous_object_are_noticed():
     assert (missing.count, missing.objects, missing.all) == (0, 0.5, 0)
     superfluous = marks_of(BOTH, one)
     assert (superfluous.count, superfluous.objects, superfluous.all) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("box", [(9, 110, 119, 119), (5, 118, 121, 124), (118, 5, 124, 120)])
+def test_a_bar_across_the_picture_is_superfluous(box):
+    """It is like no shape, but no mere rim either."""
+    one = Scene(128, 128, WHITE, (CIRCLE,))
+    picture = draw(one)
+    picture.paste(COLOURS["blue"], box)
+    marks = score_scene(detect(picture), Wanted.whole(one))
+    assert (marks.count, marks.objects, marks.all) == (0, 1, 0)
 
 
 def test_exchanged_colours_are_not_right():

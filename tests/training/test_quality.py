@@ -5,6 +5,7 @@ import pytest
 
 from hunyuan3.tiny import make_tiny
 from training import quality
+from training.exam import exam
 from training.likeness import psnr, ssim
 
 
@@ -36,10 +37,19 @@ def test_a_page_with_a_line_for_each_setting(tmp_path, monkeypatch):
     lines = [line for line in out.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[0] for row in cells] == ["setting", "---", "reference", "the same", "int4"]
-    assert cells[2][4:] == ["-", "-", "-"]
-    assert cells[3][4:] == ["inf dB", "1.000", "2 of 2"]
-    assert cells[4][6] == "0 of 2"
+    assert cells[2][6:] == ["-", "-", "-"]
+    assert cells[3][6:] == ["inf dB", "1.000", "6 of 6"]  # of each kind but the answers two
+    assert cells[4][8] == "0 of 6"
     assert f"python -m training.quality {folder} --prompts 2" in out.read_text(encoding="utf-8")
+
+
+def test_tasks_are_of_every_kind_and_of_the_exam_that_was_named():
+    tasks = quality.some_of_each(6, 1)
+    kinds = [task.kind for task in tasks]
+    assert kinds[:12] == ["one"] * 6 + ["two"] * 6
+    assert len(set(kinds[12:18])) == 5 and all(kind.startswith("edit ") for kind in kinds[12:18])
+    assert len(set(kinds[18:])) == 5 and len(kinds) == 24
+    assert set(tasks) <= set(exam(60, 1)) and not set(tasks) & set(exam(60, 0))
 
 
 def test_every_format_step_cache_and_number_of_steps_is_there(tmp_path):

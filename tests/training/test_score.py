@@ -1,18 +1,22 @@
 """The scorer: full marks for a candidate that does everything right, none for one that does not listen."""
 
-import pytest
-
-pytest.importorskip("scipy")
-
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
+import torch
+
 from hunyuan3.image.resolution import ResolutionTable
+from hunyuan3.pipeline import Hunyuan3
 from hunyuan3.tiny import make_tiny
-from training.candidate import MODES, Drawing
+from training.candidate import MODES, Candidate, Drawing
+from training.ceiling import gate
 from training.draw import draw
 from training.exam import DrawingTask, QuestionTask, exam
+from training.run import train
 from training.score import main, score
+from training.vae import VAEStage, VAEStageConfig
 from training.words import description
 from training.world import is_held_out
 
@@ -75,6 +79,43 @@ def test_the_exam_is_held_out_and_names_everything():
     drawn = [task.kind for task in exam(200) if isinstance(task, DrawingTask) and not task.inputs]
     assert len(drawn) == 240 and drawn.count("short") == 40
     assert sum(isinstance(task, QuestionTask) for task in exam(200)) == 100
+    seconds = [task for task in exam(200) if task.kind == "turn 2"]
+    assert len(seconds) == 20 and all(task.first and len(task.inputs) == 1 for task in seconds)
+    assert all(is_held_out(task.inputs[0]) for task in seconds)
+
+
+def test_a_second_turn_is_told_what_the_first_one_asked(tmp_path):
+    """The rows that are drawn from: the first request, what was written to that, the picture, the second request."""
+    model = Hunyuan3.load(make_tiny(tmp_path / "tiny"), device="cpu", dtype="float32")
+    task = next(task for task in exam(20) if task.kind == "turn 2")
+    asked = []
+
+    class Listening:
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def conditioning(self, prompt, **others):
+            asked.append(model.conditioning(prompt, **others))
+            return asked[-1]
+
+    candidate = Candidate(Listening(), {"steps": 1})
+    for mode in ("direct", "rewrite"):
+        assert candidate.draw(task, mode).picture.size == (task.scene.width, task.scene.height)
+    for conditioning in asked:
+        text = model.folder.tokenizer.decode(conditioning.rows.sequence.ids)
+        assert text.index(task.first) < text.index("<boi>") < text.index(task.text)
+        assert text.count("User: ") == 2
+    assert len(asked[0].rows.sequence.ids) < len(asked[1].rows.sequence.ids)
+
+
+def test_the_gate_is_told_of_a_vae_before_there_is_a_folder(tmp_path, capsys):
+    assert gate(lambda pictures: pictures, count=4).endswith("three-object 1.000 (shape 1.000), reaches the gate")
+    assert gate(lambda pictures: pictures[:, ::-1], count=4).endswith("misses the gate")
+    stage = VAEStage(replace(VAEStageConfig(), steps=0), torch.float32)
+    train(stage, tmp_path / "vae.pt", minutes=0)
+    assert main([str(tmp_path / "vae.pt"), "--vae", "--prompts", "4"]) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("ceiling: one-object 0.") and line.endswith("misses the gate")
 
 
 def test_the_command_scores_a_checkpoint(tmp_path, capsys):
@@ -90,8 +131,8 @@ def test_the_command_scores_a_checkpoint(tmp_path, capsys):
 
 
 def test_only_direct_drawings_count_in_the_last_line():
-    results = score(perfect(), exam(20)[:36], ["rewrite"])
-    assert results.last_line == "score: one-object - two-object - edit - ask 1.00"
+    tasks = [task for task in exam(20) if task.kind.startswith(("one", "two", "edit", "ask"))]
+    assert score(perfect(), tasks, ["rewrite"]).last_line == "score: one-object - two-object - edit - ask 1.00"
 
 
 def test_kinds_that_are_none_are_an_error(tmp_path, capsys):

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hunyuan3.errors import RequestError
 from hunyuan3.pipeline import Hunyuan3
+from training.finished import start_of
 from training.lessons import Curriculum
 from training.optimiser import Optimiser, OptimiserConfig, orthogonalised, trapezoid
 from training.run import Stage, instruct_stage, train, transformer_stage
@@ -87,6 +89,20 @@ def test_another_stages_state_is_refused_and_kept(tmp_path: Path) -> None:
     assert (tmp_path / "vae.pt").read_bytes() == before
     with pytest.raises(SystemExit, match="a state of the VAE's stage"):
         instruct_stage(TransformerStageConfig(), tmp_path / "none.pt", tmp_path / "vae.pt")
+
+
+def test_a_stage_that_is_not_over_is_no_start_and_not_prolonged(tmp_path: Path) -> None:
+    """So the written commands can't lead on from half a stage, nor change a schedule in its middle."""
+    state = tmp_path / "vae.pt"
+    train(VAEStage(replace(TINY_STAGE, steps=2), torch.float32), state, minutes=0)
+    with pytest.raises(RequestError, match="step 0 of 2: finish that stage first"):
+        start_of(state)
+    with pytest.raises(SystemExit, match="step 0 of 2; go on with --steps 2 first"):
+        train(VAEStage(replace(TINY_STAGE, steps=3), torch.float32), state, minutes=5)
+    train(VAEStage(replace(TINY_STAGE, steps=2), torch.float32), state, minutes=5)
+    assert start_of(state)["done"] == 2
+    train(VAEStage(replace(TINY_STAGE, steps=3), torch.float32), state, minutes=5)
+    assert start_of(state)["done"] == 3
 
 
 def test_a_log_forgets_the_steps_that_a_killed_run_does_again(tmp_path: Path) -> None:

@@ -1,14 +1,12 @@
 """The small world and its texts: the same from the same seed, the held-out part apart, the texts true and short."""
 
-import pytest
-
-pytest.importorskip("scipy")
-
 import random
 import re
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
+
+import pytest
 
 from hunyuan3.image.resolution import ResolutionTable
 from training.captions import random_prompt
