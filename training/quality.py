@@ -154,13 +154,14 @@ Written by
 
     {command}
 
-"One object" and "two objects": share of pictures in which every object has the colour, shape and place that was asked
-for; "edits": those that show what the edit should leave; "background": of the pictures whose prompt names one, the
-share that has it. PSNR and SSIM compare with the reference's picture of the same seed: a setting can cost likeness (it is
-another picture) without costing score (it is as right). Of {prompts} of a kind one counts {1 / prompts:.2f}: scores that
-differ by less than about 0.15 do not differ; likeness tells the order. Formats and step caches compute in float32, so
-that nothing else differs; what bfloat16 arithmetic costs is its own line. The distilled model is another one: its
-likeness says how near it comes to its teacher. And a model of five million numbers is not one of eighty billion.
+"One object" and "two objects": share of pictures in which every object has the colour, shape and place that was
+asked for; "edits": those that show what the edit should leave; "background": of the pictures whose prompt names one,
+the share that has it. PSNR and SSIM compare with the reference's picture of the same seed: a setting can cost likeness
+(it is another picture) without costing score (it is as right). Of {prompts} of a kind one counts {1 / prompts:.2f}:
+scores that differ by less than about 0.15 do not differ; likeness tells the order. Formats and step caches compute in
+float32, so that nothing else differs; what bfloat16 arithmetic costs is its own line. The distilled model is another
+one: its likeness says how near it comes to its teacher. And a model of five million numbers is not one of eighty
+billion.
 
 {table(done)}
 """

@@ -23,7 +23,7 @@ from training.transformer import Epoch, TransformerStageConfig, shifted
 SCENE = Scene(128, 128, Background("plain", "white"), (Object("circle", "green", 64, 64, 48),))
 PROMPTS = ("a red circle", "a blue heart")
 LESSONS = tuple(Lesson(prompt, 0) for prompt in PROMPTS)
-EPOCH = Epoch(0, 0, (SCENE,), (), ())
+EPOCH = Epoch(0, 0, (SCENE,), {}, ())
 STEPS = 3
 GUIDANCE = 2.5
 
