@@ -207,11 +207,44 @@ def test_an_edit_changes_what_was_asked_for_and_leaves_the_rest(
     assert sum(right) >= least, right
 
 
+LEFT, RIGHT = at("left", "circle", "red", 40), at("right", "square", "green", 40)
+PAIR = scene("white", LEFT, RIGHT)
+EDITED_PAIR = (  # (what is asked, what becomes of PAIR): what is not spoken of stays
+    ("Turn the circle blue.", scene("white", replace(LEFT, colour="blue"), RIGHT)),
+    ("Remove the square.", scene("white", LEFT)),
+    ("Add a black star at the top.", scene("white", LEFT, RIGHT, at("top", "star", "black", 40))),
+    ("Move the circle to the top left.", scene("white", at("top left", "circle", "red", 40), RIGHT)),
+)
+
+
+@both
+def test_an_edit_leaves_the_other_object_alone(server: ComfyServer, variant: str):
+    """Recolour, remove, add and move, drawn at once; of eight pictures."""
+    right = []
+    for (text, expected), seed in product(EDITED_PAIR, (1, 2)):
+        ran = run(
+            server,
+            f"edit_picture{variant}",
+            PAIR,
+            PrimitiveStringMultiline={"value": text},
+            Hunyuan3Think={"task": "img_ratio", "seed": seed},
+            Hunyuan3Sampler={"seed": seed},
+        )
+        marks = score_scene(ran.found, Wanted.whole(expected))
+        kept = preservation(draw_array(PAIR), draw_array(expected), ran.picture)
+        right.append(marks.all == marks.background == 1 and kept > 0.9)
+    assert sum(right) >= 4, right
+
+
 TURNS = (  # (what is asked first, what then, what becomes of it)
-    ("a red circle on a yellow background", "Turn the circle blue.", EDITED[0][1]),
-    ("a green star on a white background", "Make the star red.", scene("white", at("middle", "star", "red"))),
+    ("a red circle in the middle on a yellow background", "Turn the circle blue.", EDITED[0][1]),
     (
-        "a black square on a yellow background",
+        "a green star in the middle on a white background",
+        "Make the star red.",
+        scene("white", at("middle", "star", "red")),
+    ),
+    (
+        "a black square in the middle on a yellow background",
         "Change the background to a plain white background.",
         scene("white", at("middle", "square", "black")),
     ),
@@ -219,12 +252,10 @@ TURNS = (  # (what is asked first, what then, what becomes of it)
 
 
 def test_a_second_turn_changes_what_the_first_one_drew(server: ComfyServer):
-    """Colour, shape and place of the object, and the background, both turns with a rewrite; of six conversations."""
+    """Colour, shape and place of the object, and the background; of six conversations, half of them with thoughts."""
     right = []
-    for (first, then, expected), seed in product(TURNS, (1, 2)):
-        prompt = shipped(
-            "multi_turn_edit", Hunyuan3Think={"task": "recaption", "seed": seed}, Hunyuan3Sampler={"seed": seed}
-        )
+    for (first, then, expected), task in product(TURNS, ("recaption", "think_recaption")):
+        prompt = shipped("multi_turn_edit", Hunyuan3Think={"task": task, "seed": 1}, Hunyuan3Sampler={"seed": 1})
         by_place = sorted(prompt.items(), key=lambda item: int(item[0]))
         asked = [node for _, node in by_place if node["class_type"] == "PrimitiveStringMultiline"]
         for node, text in zip(asked, (first, then), strict=True):
@@ -255,7 +286,7 @@ def test_fusion_takes_something_of_each_of_three_pictures(server: ComfyServer, v
             scene("yellow", at("middle", "square", colour)),
             scene(background, at("middle", "ring", "black")),
             PrimitiveStringMultiline={"value": "Draw the first shape in the second color on the third background."},
-            Hunyuan3Think={"task": "img_ratio", "seed": 1},  # of its rewrites about three pictures half are right
+            Hunyuan3Think={"task": "img_ratio", "seed": 1},  # not all its rewrites about three pictures are right
             Hunyuan3Sampler={"seed": 1},
         )
         assert (ran.found.background.kind, ran.found.background.colour) == ("plain", background)

@@ -107,7 +107,7 @@ def put_value(kinds: dict[str, list[Difference]], value: Value, recorded: torch.
 
 
 def sinusoid_rule(t: torch.Tensor) -> Rule:
-    """COMPONENT, and what one unit in the last place of a frequency makes of the angle t; for the embedders behind, too.
+    """COMPONENT, and what a unit in the last place of a frequency makes of the angle t; for the embedders behind, too.
 
     Processors round float32 exponentials differently: on some, several frequencies are not those of the recording, and
     of what the embedders' two linear layers may differ by half is used up then.
