@@ -14,6 +14,8 @@ from hunyuan3.errors import Hunyuan3Error, RequestError
 from hunyuan3.folder import ModelFolder
 
 from .markdown import row_of
+from .scene import BASIC_SHAPES
+from .words import COLOUR_WORDS, PLACE_PHRASES, SHAPE_WORDS, Language
 
 _LINES = 16  # of each log
 _TEXT = """---
@@ -31,6 +33,11 @@ around 128x128 pixels. It is made to be tried and tested on any machine, and kno
 and texts are our own.{how}
 
     python -m hunyuan3 draw --model {path} --prompt "a red circle in the middle on a white background"
+
+Its words, besides small and big, all letters (but O) and digits, and plain, striped, checked, dotted and gradient
+backgrounds; anything else gives a picture that means nothing:
+
+{words}
 
 {parts}
 
@@ -62,12 +69,24 @@ def card(folder: Path, logs: Sequence[Path], scores: str = "", ceiling: str = ""
         name=folder.name,
         path=folder.as_posix(),
         how=_DISTILLED if ModelFolder.open(folder).config.cfg_distilled else "",
+        words=_words(),
         parts=_parts(folder),
         scores=scores.strip() or "Not scored yet.",
         ceiling=ceiling.strip().removeprefix("ceiling: ") or "not measured yet",
         notes=f"{notes.strip()}\n\n" if notes.strip() else "",
         logs="\n\n".join(_log(log) for log in logs),
     )
+
+
+def _words() -> str:
+    """A list of the words that it knows, English and Chinese."""
+    lines = []
+    for language, called in (("en", "English"), ("zh", "Chinese")):
+        shapes = ", ".join(SHAPE_WORDS[language][name] for name in (*BASIC_SHAPES, "A", "7"))
+        colours = ", ".join(COLOUR_WORDS[language].values())
+        places = ", ".join(phrases[0] for phrases in PLACE_PHRASES[language].values())
+        lines.append(f"* {called}: {shapes}; {colours};\n  {places}")
+    return "\n".join(lines)
 
 
 def _parts(folder: Path) -> str:
@@ -90,6 +109,8 @@ def _log(path: Path) -> str:
     """A log as a table, thinned out evenly, its last line kept."""
     with path.open(newline="", encoding="utf-8") as file:
         header, *lines = csv.reader(file)
+    if "seconds" not in header:
+        raise RequestError(f"{path} is no log of training.run: its first line names no column 'seconds'.")
     if not lines:
         raise RequestError(f"{path} has no line besides its header.")
     seconds = float(lines[-1][header.index("seconds")])
@@ -113,7 +134,7 @@ def main() -> None:
         ]
         text = card(args.folder, args.logs, *texts)
         (args.folder / "README.md").write_text(text, encoding="utf-8")
-    except (Hunyuan3Error, OSError) as error:
+    except (Hunyuan3Error, OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -1,6 +1,7 @@
 """The best score that a VAE allows: true scenes, encoded and decoded, looked at by the detector."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import groupby, islice
 
 import numpy as np
@@ -37,12 +38,29 @@ def ceiling(encode_decode: EncodeDecode, count: int, objects: int | None = None,
     return average(marks)
 
 
-def gate(encode_decode: EncodeDecode, count: int) -> str:
-    """The ceilings of `count` scenes each of one, two and three objects, and whether they reach the gate: a line."""
-    marks = {name: ceiling(encode_decode, count, objects) for name, objects in _CEILINGS.items()}
-    shares = " ".join(f"{name} {mark.all:.3f} (shape {mark.shape:.3f})" for name, mark in marks.items())
-    reached = all(marks[name].all >= least for name, least in _GATE.items())
-    return f"ceiling: {shares}, {'reaches' if reached else 'misses'} the gate"
+@dataclass(frozen=True)
+class Gate:
+    """The ceilings of `count` scenes each of one, two and three objects."""
+
+    count: int
+    marks: Mapping[str, Marks]
+
+    @property
+    def reached(self) -> bool:
+        """Whether a transformer is worth training."""
+        return all(self.marks[name].all >= least for name, least in _GATE.items())
+
+    @property
+    def line(self) -> str:
+        """All of it, as the model card says it."""
+        shares = [f"{name} {mark.all:.3f} (shape {mark.shape:.3f})" for name, mark in self.marks.items()]
+        verdict = "reaches" if self.reached else "misses"
+        return f"ceiling: {' '.join(shares)}, {self.count} scenes each, {verdict} the gate"
+
+
+def gate(encode_decode: EncodeDecode, count: int) -> Gate:
+    """Measures the ceilings."""
+    return Gate(count, {name: ceiling(encode_decode, count, objects) for name, objects in _CEILINGS.items()})
 
 
 def flat_round_trip(state: Mapping[str, torch.Tensor]) -> EncodeDecode:

@@ -77,7 +77,9 @@ def train(stage: Stage, path: Path, minutes: float, crew: Crew | None = None, na
             )
         stage.restore(saved["stage"])
         seconds = saved["seconds"]
-        _log.info("%s: goes on from step %d", name, stage.done)
+        if length and stage.config.steps < stage.done:
+            raise SystemExit(f"{path} is at step {stage.done} already, beyond --steps {stage.config.steps}.")
+        _log.info("%s: goes on from step %d of %d", name, stage.done, stage.config.steps)
     if crew.rank == 0:
         _keep_lines(path.with_suffix(".csv"), stage.done)
 
@@ -104,6 +106,9 @@ def train(stage: Stage, path: Path, minutes: float, crew: Crew | None = None, na
     if records:
         _write_line(path.with_suffix(".csv"), stage, seconds + now - started, records)
     save_state(path, saving(seconds + now - started))
+    over = stage.done >= stage.config.steps
+    then = "it is over" if over else "the same command goes on with it"
+    _log.info("%s: step %d of %d, %s", path, stage.done, stage.config.steps, then)
 
 
 def saved_as(name: str, path: Path) -> dict[str, Any]:
@@ -188,6 +193,7 @@ def transformer_stage(
         raise SystemExit("A new transformer needs --from, the state of the VAE's stage or a finished folder.")
     before = start_of(vae)
     scaling = tuple(before["scaling"]) if "scaling" in before else None
+    _log.info("learns the vocabulary, a minute or so")
     average = before.get("vae") or before["optimiser"]["average"]
     return TransformerStage(config, train_tokenizer(), average, scaling, crew=crew)
 
@@ -245,6 +251,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="of the whole stage, for its schedule (0: its config's)")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     args = parser.parse_args()
+    if args.steps < 0:
+        parser.error("--steps must be at least 1")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -284,11 +292,17 @@ def _run(args: argparse.Namespace, state: Path) -> None:
             saved = load_state(state)
             save_state(args.out, {**saved, "stage": compact(saved["stage"])})
         case "export":
-            saved = load_state(state)["stage"]
+            whole = load_state(state)
+            saved = whole["stage"]
             if "tokenizer" not in saved:
                 raise SystemExit(f"{state} is a state of the VAE's stage, which is no model yet.")
             stage = _stage_of(TransformerStageConfig(distilled=saved.get("distilled", False)), saved)
             stage.restore(saved, plan=False)
+            length = whole.get("steps", stage.done)
+            if stage.done < length:
+                _log.warning(
+                    "%s is at step %d of %d: the folder is that of an unfinished stage.", state, stage.done, length
+                )
             _log.info("%s: step %d", stage.export(args.out), stage.done)
 
 

@@ -24,7 +24,7 @@ from hunyuan3.quant.policy import FORMATS
 from hunyuan3.text.trace import recaption_body
 
 from .candidate import MODES, Candidate, Drawing, Mode
-from .ceiling import flat_round_trip, gate
+from .ceiling import Gate, flat_round_trip, gate
 from .detect import detect
 from .draw import draw, draw_array
 from .exam import DrawingTask, QuestionTask, Task, exam
@@ -118,6 +118,12 @@ def _sheet(strips: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
+def _say(ceilings: Gate) -> int:
+    """Prints the ceilings; returns the exit code, 1 where they miss the gate."""
+    print(ceilings.line)
+    return 0 if ceilings.reached else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m training.score", description=__doc__.split("\n")[0])
@@ -146,15 +152,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--prompts must be at least 1")
     try:
         if args.vae and args.model.is_file():
-            print(gate(flat_round_trip(start_of(args.model)["optimiser"]["average"]), args.prompts))
-            return 0
+            return _say(gate(flat_round_trip(start_of(args.model)["optimiser"]["average"]), args.prompts))
         model = Hunyuan3.open(args.model, device=args.device, format=args.format)
         taylor = TaylorOptions(interval=args.taylor) if args.taylor else None
         sampling = {"steps": args.steps, "guidance": args.guidance, "shift": args.shift, "taylor": taylor}
         candidate = Candidate(model, sampling, args.seed)
         if args.vae:
-            print(gate(candidate.round_trip, args.prompts))
-            return 0
+            return _say(gate(candidate.round_trip, args.prompts))
         every = exam(args.prompts, args.exam)
         for kind in args.kinds or ():
             if not any(task.kind.startswith(kind) for task in every):

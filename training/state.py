@@ -1,11 +1,14 @@
 """Resume states: one file, written whole or not at all."""
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hunyuan3.errors import RequestError
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -17,8 +20,11 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Reads what `save_state` wrote; no code in it is executed."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Reads what `save_state` wrote; no code in it is executed. Raises RequestError for any other file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):  # whatever torch advises, code is not the way to read it
+        raise RequestError(f"{path} is no state file of training.run.") from None
 
 
 def compact(state: Mapping[str, Any]) -> dict[str, Any]:

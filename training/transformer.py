@@ -1,5 +1,6 @@
 """Second stage: the transformer learns to write and to draw, pictures by flow matching, words by the next token."""
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -235,6 +236,8 @@ class TransformerStage:
         rows = (lay_out(self.folder, lesson, scenes) for lesson in lessons)
         batches = in_batches(rows, config.rows, max(1, config.rows // 4), rng)
         seen = sorted({number for batch in batches for row in batch for number in row.lesson.scenes})
+        if self.crew.rank == 0:
+            _log.info("lays out %d lessons and encodes %d scenes, some minutes", len(lessons), len(seen))
         shared = self.crew.share([scenes[number] for number in seen])
         latents = self.crew.gathered(encode_scenes(self.vae, self.vae_config, shared))
         return Epoch(number, first, scenes, dict(zip(seen, latents, strict=True)), tuple(batches))
@@ -306,3 +309,4 @@ def _matrices(model: torch.nn.Module, vision: torch.nn.Module) -> list[str]:
 
 
 _VISION = "vision."
+_log = logging.getLogger(__name__)

@@ -109,11 +109,12 @@ def test_a_second_turn_is_told_what_the_first_one_asked(tmp_path):
 
 
 def test_the_gate_is_told_of_a_vae_before_there_is_a_folder(tmp_path, capsys):
-    assert gate(lambda pictures: pictures, count=4).endswith("three-object 1.000 (shape 1.000), reaches the gate")
-    assert gate(lambda pictures: pictures[:, ::-1], count=4).endswith("misses the gate")
+    true, upside_down = gate(lambda pictures: pictures, count=4), gate(lambda pictures: pictures[:, ::-1], count=4)
+    assert true.reached and not upside_down.reached
+    assert true.line.endswith("three-object 1.000 (shape 1.000), 4 scenes each, reaches the gate")
     stage = VAEStage(replace(VAEStageConfig(), steps=0), torch.float32)
     train(stage, tmp_path / "vae.pt", minutes=0)
-    assert main([str(tmp_path / "vae.pt"), "--vae", "--prompts", "4"]) == 0
+    assert main([str(tmp_path / "vae.pt"), "--vae", "--prompts", "4"]) == 1
     line = capsys.readouterr().out.strip()
     assert line.startswith("ceiling: one-object 0.") and line.endswith("misses the gate")
 

@@ -105,6 +105,18 @@ def test_a_stage_that_is_not_over_is_no_start_and_not_prolonged(tmp_path: Path) 
     assert start_of(state)["done"] == 3
 
 
+def test_a_file_that_is_no_state_is_named(tmp_path: Path) -> None:
+    (tmp_path / "words.pt").write_text("words")
+    with pytest.raises(RequestError, match=r"words\.pt is no state file"):
+        load_state(tmp_path / "words.pt")
+
+
+def test_a_finished_stage_is_not_shortened(tmp_path: Path) -> None:
+    train(VAEStage(replace(TINY_STAGE, steps=2), torch.float32), tmp_path / "vae.pt", minutes=5)
+    with pytest.raises(SystemExit, match="at step 2 already, beyond --steps 1"):
+        train(VAEStage(replace(TINY_STAGE, steps=1), torch.float32), tmp_path / "vae.pt", minutes=5)
+
+
 def test_a_log_forgets_the_steps_that_a_killed_run_does_again(tmp_path: Path) -> None:
     train(VAEStage(replace(TINY_STAGE, steps=2), torch.float32), tmp_path / "vae.pt", minutes=5)
     with (tmp_path / "vae.csv").open("a") as log:

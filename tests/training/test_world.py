@@ -14,10 +14,11 @@ from training.edits import EDIT_KINDS, random_edit
 from training.fusion import random_fusion
 from training.lessons import Curriculum, make_lessons
 from training.questions import QUESTION_KINDS, random_question
-from training.run import INSTRUCT, POLISH
+from training.run import DISTIL, INSTRUCT, POLISH, TURNS
 from training.scene import COLOURS, PLACES, Background, Scene, place
 from training.thoughts import rewrite, thought
 from training.tokenizer import train_tokenizer
+from training.transformer import TransformerStageConfig
 from training.wanted import Wanted
 from training.words import COLOUR_WORDS, PLACE_PHRASES, SHAPE_WORDS, background_phrases, description, size_word
 from training.world import (
@@ -70,7 +71,7 @@ def test_what_training_shows_is_never_held_out():
         assert is_held_out(random_question(rng, "held-out").scene)
 
 
-@pytest.mark.parametrize("stage", [INSTRUCT, POLISH])
+@pytest.mark.parametrize("stage", [TransformerStageConfig(), INSTRUCT, POLISH, TURNS, DISTIL])
 def test_no_lesson_shows_a_held_out_scene(stage):
     scenes, lessons = make_lessons(random.Random(0), 1500, stage.curriculum)
     assert len(lessons) >= 1500
@@ -191,7 +192,7 @@ def test_edits_change_what_they_say(kind):
 
 def test_second_turns_change_what_the_first_asked_for():
     """Same language, and the same written in both; the first turn's prompt and trace are about the picture shown."""
-    made, lessons = make_lessons(random.Random(0), 2000, POLISH.curriculum)
+    made, lessons = make_lessons(random.Random(0), 2000, TURNS.curriculum)
     seconds = [lesson for lesson in lessons if lesson.first]
     assert len(seconds) > 100
     for lesson in seconds:
