@@ -15,7 +15,7 @@ from hunyuan3.folder import ModelFolder
 
 from .markdown import row_of
 from .scene import BASIC_SHAPES
-from .words import COLOUR_WORDS, PLACE_PHRASES, SHAPE_WORDS, Language
+from .words import COLOUR_WORDS, PLACE_PHRASES, SHAPE_WORDS
 
 _LINES = 16  # of each log
 _TEXT = """---
