@@ -102,7 +102,7 @@ def _print_what_next(server: ComfyServer, *, keep_open: bool) -> None:
         print(f"The page: {command}, then open the address it prints in a browser.")
     print(
         f"The workflows are there under Templates > {PACKAGE}. Their prompts are meant for the real weights; ask the\n"
-        "tiny ones for circles, squares, triangles, stars, rings, hearts, letters and digits in plain colors (all their\n"
+        "tiny ones for circles, squares, triangles, stars, rings, hearts, letters and digits in plain colors (their\n"
         "words: checkpoints/hunyuan3-tiny-instruct/README.md).\n\n"
         "The real weights, in your own ComfyUI:\n"
         f"  1. put this package into custom_nodes/{PACKAGE} and run, with the Python that runs your ComfyUI,\n"
