@@ -53,7 +53,7 @@ class Curriculum:
 
     Attributes:
         edits, fusions, questions: shares of the lessons; the others draw from words alone.
-        seconds: share of the lessons that edit in the second turn what the first one drew. Their rows have so many
+        second_turns: share of the lessons that edit in the second turn what the first one drew. Their rows have so many
             lengths that batches leave most of them out.
         repeats: prompts for each scene that is drawn from words alone.
         characters: share of those scenes that show letters and digits in any case; of the others some do.
@@ -67,7 +67,7 @@ class Curriculum:
     edits: float = 0.0
     fusions: float = 0.0
     questions: float = 0.0
-    seconds: float = 0.0
+    second_turns: float = 0.0
     repeats: int = 6
     characters: float = 0.0
     habitual: float = 0.3
@@ -94,7 +94,7 @@ def make_lessons(
 
 def _some(rng: random.Random, curriculum: Curriculum, first: int, system: str) -> tuple[list[Scene], list[Lesson]]:
     """The next scenes, numbered from `first`, and the lessons about them."""
-    shares = (curriculum.questions, curriculum.edits, curriculum.seconds, curriculum.fusions)
+    shares = (curriculum.questions, curriculum.edits, curriculum.second_turns, curriculum.fusions)
     weights = (*shares, (1 - sum(shares)) / curriculum.repeats)
     match rng.choices(("question", "edit", "second", "fusion", "drawing"), weights)[0]:
         case "question":

@@ -170,7 +170,7 @@ POLISH = TransformerStageConfig(
 
 TURNS = replace(
     POLISH,
-    curriculum=replace(POLISH.curriculum, edits=0.234, seconds=0.22, fusions=0.047, questions=0.125),
+    curriculum=replace(POLISH.curriculum, edits=0.234, second_turns=0.22, fusions=0.047, questions=0.125),
     steps=1400,
     lessons=31488,
 )
@@ -193,7 +193,7 @@ def transformer_stage(
         raise SystemExit("A new transformer needs --from, the state of the VAE's stage or a finished folder.")
     before = start_of(vae)
     scaling = tuple(before["scaling"]) if "scaling" in before else None
-    _log.info("learns the vocabulary, a minute or so")
+    _log.info("learns the vocabulary")
     average = before.get("vae") or before["optimiser"]["average"]
     return TransformerStage(config, train_tokenizer(), average, scaling, crew=crew)
 
@@ -257,8 +257,6 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     state = args.state or Path(f"{args.stage}.pt")
-    if args.stage not in ("compact", "export") and state.exists():
-        saved_as(args.stage, state)
     try:
         _run(args, state)
     except Hunyuan3Error as error:
@@ -267,6 +265,8 @@ def main() -> None:
 
 def _run(args: argparse.Namespace, state: Path) -> None:
     """Trains the stage that was named, or rewrites its state."""
+    if args.stage in _STAGES and state.exists():
+        saved_as(args.stage, state)
     steps = {"steps": args.steps} if args.steps else {}
     match args.stage:
         case "vae" if Crew.joined().size > 1:

@@ -237,7 +237,7 @@ class TransformerStage:
         batches = in_batches(rows, config.rows, max(1, config.rows // 4), rng)
         seen = sorted({number for batch in batches for row in batch for number in row.lesson.scenes})
         if self.crew.rank == 0:
-            _log.info("lays out %d lessons and encodes %d scenes, some minutes", len(lessons), len(seen))
+            _log.info("encodes the %d scenes of an epoch of %d lessons", len(seen), len(lessons))
         shared = self.crew.share([scenes[number] for number in seen])
         latents = self.crew.gathered(encode_scenes(self.vae, self.vae_config, shared))
         return Epoch(number, first, scenes, dict(zip(seen, latents, strict=True)), tuple(batches))

@@ -172,6 +172,17 @@ def test_what_is_written_names_what_was_asked_for_and_is_drawn(server: ComfyServ
     assert (ran.largest.colour, ran.largest.shape) == ("red", "circle")
 
 
+def edited(server: ComfyServer, picture: Scene, text: str, *, task: str, seed: int, variant: str) -> Ran:
+    return run(
+        server,
+        f"edit_picture{variant}",
+        picture,
+        PrimitiveStringMultiline={"value": text},
+        Hunyuan3Think={"task": task, "seed": seed},
+        Hunyuan3Sampler={"seed": seed},
+    )
+
+
 CIRCLE = at("middle", "circle", "red")
 ONE = scene("yellow", CIRCLE)
 EDITED = (  # (what is asked, what becomes of ONE)
@@ -194,14 +205,7 @@ def test_an_edit_changes_what_was_asked_for_and_leaves_the_rest(
     """
     right = []
     for (text, expected), seed in product(EDITED, (1, 2, 3)):
-        ran = run(
-            server,
-            f"edit_picture{variant}",
-            ONE,
-            PrimitiveStringMultiline={"value": text},
-            Hunyuan3Think={"task": task, "seed": seed},
-            Hunyuan3Sampler={"seed": seed},
-        )
+        ran = edited(server, ONE, text, task=task, seed=seed, variant=variant)
         assert ran.picture is not None
         assert ran.picture.shape == (128, 128, 3)  # that of the picture
         assert ran.found.background.kind == "plain"
@@ -224,14 +228,7 @@ def test_an_edit_leaves_both_objects_alone(server: ComfyServer, variant: str):
     """What is added or behind them is new, they are not; of six pictures, drawn at once."""
     right = []
     for (text, expected), seed in product(EDITED_PAIR, (1, 2, 3)):
-        ran = run(
-            server,
-            f"edit_picture{variant}",
-            PAIR,
-            PrimitiveStringMultiline={"value": text},
-            Hunyuan3Think={"task": "img_ratio", "seed": seed},
-            Hunyuan3Sampler={"seed": seed},
-        )
+        ran = edited(server, PAIR, text, task="img_ratio", seed=seed, variant=variant)
         marks = score_scene(ran.found, Wanted.whole(expected))
         kept = preservation(draw_array(PAIR), draw_array(expected), ran.picture)
         right.append(marks.all == marks.background == 1 and kept > 0.9)

@@ -12,7 +12,7 @@ from hunyuan3.pipeline import Hunyuan3
 from training.finished import start_of
 from training.lessons import Curriculum
 from training.optimiser import Optimiser, OptimiserConfig, orthogonalised, trapezoid
-from training.run import Stage, instruct_stage, train, transformer_stage
+from training.run import Stage, instruct_stage, main, train, transformer_stage
 from training.state import compact, load_state, save_state
 from training.transformer import TransformerStage, TransformerStageConfig, noise_levels
 from training.vae import VAEStage, VAEStageConfig
@@ -105,10 +105,13 @@ def test_a_stage_that_is_not_over_is_no_start_and_not_prolonged(tmp_path: Path) 
     assert start_of(state)["done"] == 3
 
 
-def test_a_file_that_is_no_state_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "words.pt").write_text("words")
     with pytest.raises(RequestError, match=r"words\.pt is no state file"):
         load_state(tmp_path / "words.pt")
+    monkeypatch.setattr("sys.argv", ["training.run", "polish", "--state", str(tmp_path / "words.pt")])
+    with pytest.raises(SystemExit, match=r"error: .*words\.pt is no state file"):
+        main()
 
 
 def test_a_finished_stage_is_not_shortened(tmp_path: Path) -> None:
