@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .captions import PromptKind, random_prompt
-from .edits import Edit, random_edit
+from .edits import Edit, EditKind, random_edit
 from .fusion import random_fusion
 from .questions import random_question
 from .scene import DIGITS, LETTERS, Scene
@@ -15,6 +15,8 @@ from .turns import random_turns
 from .world import is_habitual, split_scene
 
 Mode = Literal["direct", "rewrite", "think"]  # what is written before a picture
+
+_OF_SEVERAL: tuple[EditKind, ...] = ("recolour", "remove", "move")  # edits whose words must pick an object
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Curriculum:
 
     Attributes:
         edits, fusions, questions: shares of the lessons; the others draw from words alone.
+        several: share of the edits that recolour, remove or move one of two or three objects; the others are any.
         second_turns: share of the lessons that edit in the second turn what the first one drew. Their rows have so many
             lengths that batches leave most of them out.
         repeats: prompts for each scene that is drawn from words alone.
@@ -67,6 +70,7 @@ class Curriculum:
     edits: float = 0.0
     fusions: float = 0.0
     questions: float = 0.0
+    several: float = 0.0
     second_turns: float = 0.0
     repeats: int = 6
     characters: float = 0.0
@@ -103,7 +107,8 @@ def _some(rng: random.Random, curriculum: Curriculum, first: int, system: str) -
             return [question.scene], [lesson]
         case "edit":
             stage = _stage(rng, curriculum)
-            edit = random_edit(rng, "train", complete=stage == "direct" or rng.random() < curriculum.complete)
+            complete = stage == "direct" or rng.random() < curriculum.complete
+            edit = _edit(rng, curriculum, complete)
             trace = _trace(stage, edit.summary, edit.rewrite)
             return [edit.before, edit.after], [Lesson(edit.text, first + 1, (first,), trace, system_prompt=system)]
         case "second":
@@ -132,6 +137,18 @@ def _drawings(rng: random.Random, curriculum: Curriculum, scene: Scene, number: 
         prompt = random_prompt(rng, scene, kind=kind, habitual=stage == "direct")
         trace = _trace(stage, thought(prompt, scene), rewrite(scene, prompt.language))
         yield Lesson(prompt.text, number, (), trace, system_prompt=system)
+
+
+def _edit(rng: random.Random, curriculum: Curriculum, complete: bool) -> Edit:
+    """Any edit, or one of several objects. Where none of these are taught no number is drawn: stages repeat."""
+    if curriculum.several and rng.random() < curriculum.several:
+        return random_edit(rng, "train", rng.choice(_OF_SEVERAL), complete=complete, start=_several)
+    return random_edit(rng, "train", complete=complete)
+
+
+def _several(rng: random.Random) -> Scene:
+    """Two objects, at times three."""
+    return split_scene(rng, "train", rng.choice((2, 2, 2, 3)))
 
 
 def _second_turn(rng: random.Random, first: int, system: str) -> tuple[Edit, Lesson]:

@@ -5,6 +5,7 @@
     python -m training.run instruct --minutes 60 --state instruct.pt --from transformer.pt
     python -m training.run polish --minutes 60 --state polish.pt --from instruct.pt
     python -m training.run turns --minutes 60 --state turns.pt --from polish.pt
+    python -m training.run edits --minutes 60 --state edits.pt --from turns.pt
     python -m training.run distil --minutes 60 --state distil.pt --from checkpoints/hunyuan3-tiny-instruct
     python -m training.run compact --state instruct.pt --out instruct-compact.pt
     python -m training.run export --state instruct.pt --out checkpoints/hunyuan3-tiny-instruct
@@ -176,7 +177,14 @@ TURNS = replace(
 )
 
 
-_INSTRUCTIONS = {"instruct": INSTRUCT, "polish": POLISH, "turns": TURNS}
+EDITS = replace(
+    TURNS,
+    curriculum=replace(TURNS.curriculum, edits=0.5, several=0.7, second_turns=0.1, fusions=0.03, questions=0.08),
+    steps=2500,
+)
+
+
+_INSTRUCTIONS = {"instruct": INSTRUCT, "polish": POLISH, "turns": TURNS, "edits": EDITS}
 _STAGES = ("vae", "transformer", *_INSTRUCTIONS, "distil")
 
 
@@ -277,7 +285,7 @@ def _run(args: argparse.Namespace, state: Path) -> None:
             crew = Crew.joined()
             stage = transformer_stage(replace(TransformerStageConfig(), **steps), state, args.start, crew)
             train(stage, state, args.minutes, crew, args.stage)
-        case "instruct" | "polish" | "turns":
+        case "instruct" | "polish" | "turns" | "edits":
             crew = Crew.joined()
             stage = instruct_stage(replace(_INSTRUCTIONS[args.stage], **steps), state, args.start, crew)
             train(stage, state, args.minutes, crew, args.stage)

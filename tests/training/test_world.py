@@ -14,7 +14,7 @@ from training.edits import EDIT_KINDS, random_edit
 from training.fusion import random_fusion
 from training.lessons import Curriculum, make_lessons
 from training.questions import QUESTION_KINDS, random_question
-from training.run import DISTIL, INSTRUCT, POLISH, TURNS
+from training.run import DISTIL, EDITS, INSTRUCT, POLISH, TURNS
 from training.scene import COLOURS, PLACES, Background, Scene, place
 from training.thoughts import rewrite, thought
 from training.tokenizer import train_tokenizer
@@ -71,7 +71,7 @@ def test_what_training_shows_is_never_held_out():
         assert is_held_out(random_question(rng, "held-out").scene)
 
 
-@pytest.mark.parametrize("stage", [TransformerStageConfig(), INSTRUCT, POLISH, TURNS, DISTIL])
+@pytest.mark.parametrize("stage", [TransformerStageConfig(), INSTRUCT, POLISH, TURNS, EDITS, DISTIL])
 def test_no_lesson_shows_a_held_out_scene(stage):
     scenes, lessons = make_lessons(random.Random(0), 1500, stage.curriculum)
     assert len(lessons) >= 1500
