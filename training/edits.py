@@ -23,6 +23,7 @@ from .world import Split, fits, is_held_out, put, random_background, random_obje
 
 EditKind = Literal["recolour", "add", "remove", "move", "background"]
 EDIT_KINDS: tuple[EditKind, ...] = ("recolour", "add", "remove", "move", "background")
+PICKING_KINDS: tuple[EditKind, ...] = ("recolour", "remove", "move")  # their words pick one of the objects
 
 
 @dataclass(frozen=True)

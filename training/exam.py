@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from .captions import random_prompt
-from .edits import EDIT_KINDS, EditKind, random_edit
+from .edits import EDIT_KINDS, PICKING_KINDS, Edit, EditKind, random_edit
 from .fusion import random_fusion
 from .questions import QUESTION_KINDS, QuestionKind, random_question
 from .scene import DIGITS, LETTERS, Scene
@@ -18,7 +18,7 @@ from .world import split_scene, stream
 # Of a hundred prompts, how many are of which kind; short ones, edits, fusions and questions come on top.
 _PROMPTS = {"one": 35, "two": 35, "three": 10, "letter": 20}
 _OBJECTS = {"one": (1,), "two": (2,), "three": (3,), "letter": (1,), "short": (1, 2, 2, 2)}
-_SHORT, _EDITS, _TURNS, _FUSIONS, _QUESTIONS = 20, 25, 10, 10, 50
+_SHORT, _EDITS, _PICKS, _TURNS, _FUSIONS, _QUESTIONS = 20, 25, 15, 10, 10, 50
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class DrawingTask:
     """A picture to draw.
 
     Attributes:
-        kind: of a prompt "one", "two", "three" (objects), "letter" or "short"; "edit recolour" and so on; "turn 2";
-            "fuse 2", "fuse 3".
+        kind: of a prompt "one", "two", "three" (objects), "letter" or "short"; "edit recolour" and so on; "pick
+            recolour" and so on, edits of one of two objects; "turn 2"; "fuse 2", "fuse 3".
         scene: one right result: the picture is to have its size, and a rewrite describes it.
         inputs: the scenes of the input pictures, or of the one that was drawn in the turn before.
         first: what that turn asked for, "" where there is none.
@@ -49,7 +49,7 @@ class DrawingTask:
     @property
     def is_edit(self) -> bool:
         """Whether one picture is to be changed; its rest is to stay."""
-        return self.kind.startswith("edit ") or bool(self.first)
+        return self.kind.startswith(("edit ", "pick ")) or bool(self.first)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,9 @@ def exam(prompts: int = 200, seed: int = 0) -> list[Task]:
         add(kind, prompts * share / 100, lambda rng, kind=kind: _prompt(rng, kind))
     for kind in EDIT_KINDS:
         add(f"edit {kind}", prompts * _EDITS / 100 / len(EDIT_KINDS), lambda rng, kind=kind: _edit(rng, kind))
+    for kind in PICKING_KINDS:
+        count = prompts * _PICKS / 100 / len(PICKING_KINDS)
+        add(f"pick {kind}", count, lambda rng, kind=kind: _pick(rng, kind))
     add("turn 2", prompts * _TURNS / 100, _second_turn)
     for pictures in (2, 3):
         add(f"fuse {pictures}", prompts * _FUSIONS / 200, lambda rng, pictures=pictures: _fusion(rng, pictures))
@@ -105,15 +108,22 @@ def _prompt(rng: random.Random, kind: str) -> DrawingTask:
 
 def _edit(rng: random.Random, kind: EditKind) -> DrawingTask:
     edit = random_edit(rng, "held-out", kind, complete=True)
-    return DrawingTask(f"edit {kind}", edit.text, edit.language, edit.wanted, edit.after, (edit.before,))
+    return _task(f"edit {kind}", edit)
+
+
+def _pick(rng: random.Random, kind: EditKind) -> DrawingTask:
+    """An edit of one of two objects; those of any kind are of any number."""
+    edit = random_edit(rng, "held-out", kind, complete=True, start=lambda rng: split_scene(rng, "held-out", 2))
+    return _task(f"pick {kind}", edit)
 
 
 def _second_turn(rng: random.Random) -> DrawingTask:
     turns = random_turns(rng, "held-out")
-    edit = turns.edit
-    return DrawingTask(
-        "turn 2", edit.text, edit.language, edit.wanted, edit.after, (edit.before,), first=turns.first.text
-    )
+    return _task("turn 2", turns.edit, turns.first.text)
+
+
+def _task(kind: str, edit: Edit, first: str = "") -> DrawingTask:
+    return DrawingTask(kind, edit.text, edit.language, edit.wanted, edit.after, (edit.before,), first=first)
 
 
 def _fusion(rng: random.Random, pictures: int) -> DrawingTask:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .captions import PromptKind, random_prompt
-from .edits import Edit, EditKind, random_edit
+from .edits import PICKING_KINDS, Edit, random_edit
 from .fusion import random_fusion
 from .questions import random_question
 from .scene import DIGITS, LETTERS, Scene
@@ -15,8 +15,6 @@ from .turns import random_turns
 from .world import is_habitual, split_scene
 
 Mode = Literal["direct", "rewrite", "think"]  # what is written before a picture
-
-_OF_SEVERAL: tuple[EditKind, ...] = ("recolour", "remove", "move")  # edits whose words must pick an object
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def _drawings(rng: random.Random, curriculum: Curriculum, scene: Scene, number: 
 def _edit(rng: random.Random, curriculum: Curriculum, complete: bool) -> Edit:
     """Any edit, or one of several objects. Where none of these are taught no number is drawn: stages repeat."""
     if curriculum.several and rng.random() < curriculum.several:
-        return random_edit(rng, "train", rng.choice(_OF_SEVERAL), complete=complete, start=_several)
+        return random_edit(rng, "train", rng.choice(PICKING_KINDS), complete=complete, start=_several)
     return random_edit(rng, "train", complete=complete)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,8 +39,9 @@ _GREY = (128, 128, 128)
 def score(candidate: Candidate, tasks: Sequence[Task], modes: Sequence[Mode], dump: Path | None = None) -> Results:
     """Has every task done, drawings once per mode.
 
-    `dump`: a folder for what was drawn and written, made if missing: prompts.jsonl, the pictures, and a sheet for each
-    kind and mode, where the input pictures stand before what was made of them.
+    `dump`: a folder for what was drawn and written, made if missing: prompts.jsonl (with what was found in pictures), the
+    pictures, and a sheet for each kind and mode, where the input pictures stand before what was made of them. What an
+    earlier dump left there is replaced.
     """
     work = [(task, mode) for task in tasks for mode in (modes if isinstance(task, DrawingTask) else modes[:1])]
     record = None if dump is None else _Dump(dump)
@@ -48,11 +50,14 @@ def score(candidate: Candidate, tasks: Sequence[Task], modes: Sequence[Mode], du
         if isinstance(task, QuestionTask):
             answer = candidate.answer(task)
             rows.append(Result(task.kind, "answer", text=answer_right(answer, task.answer)))
-            pictures, written = [draw(task.scene)], {"answer": answer, "expected": task.answer}
+            pictures: list[Image.Image] = [draw(task.scene)]
+            written: dict[str, Any] = {"answer": answer, "expected": task.answer}
         else:
             drawing = candidate.draw(task, mode)
             rows.append(judge(task, mode, drawing, candidate.rows))
             pictures, written = [*map(draw, task.inputs), drawing.picture], {"trace": drawing.trace}
+            if record is not None:
+                written["found"] = asdict(detect(drawing.picture))
         if record is not None:
             record.add(task, rows[-1], pictures, **written)
     results = Results(tuple(rows))
@@ -80,10 +85,13 @@ class _Dump:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.prompts = folder / "prompts.jsonl"
+        if self.prompts.exists():  # a dump of before
+            for picture in folder.glob("*.png"):
+                picture.unlink()
         self.prompts.write_text("", encoding="utf-8")
         self.strips: dict[str, list[Image.Image]] = {}
 
-    def add(self, task: Task, result: Result, pictures: Sequence[Image.Image], **written: str) -> None:
+    def add(self, task: Task, result: Result, pictures: Sequence[Image.Image], **written: Any) -> None:
         """`pictures`: those of the input, then the one drawn."""
         name = f"{task.kind}-{result.mode}".replace(" ", "-")
         strips = self.strips.setdefault(name, [])

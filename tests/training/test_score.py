@@ -1,6 +1,7 @@
 """The scorer: full marks for a candidate that does everything right, none for one that does not listen."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -50,6 +51,10 @@ def test_a_perfect_candidate_gets_full_marks(tmp_path):
     assert len(lines) == len(results.rows)
     assert all((tmp_path / line["file"]).exists() and line["prompt"] for line in lines)
     assert (tmp_path / "sheet-edit-move-think.png").exists()
+    found = next(line["found"] for line in lines if line["kind"] == "one")
+    assert len(found["objects"]) == 1 and found["objects"][0]["shape"] and found["background"]["colour"]
+    score(perfect(), exam(20)[:1], ["direct"], tmp_path)  # again: nothing of before is left
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_a_deaf_candidate_gets_none():
@@ -129,6 +134,15 @@ def test_the_command_scores_a_checkpoint(tmp_path, capsys):
     assert (tmp_path / "dump" / "table.md").read_text(encoding="utf-8").splitlines() == lines
     assert lines[-1] == "score: one-object 0.00 two-object - edit - ask 0.00"
     assert (tmp_path / "dump" / "one-direct-000.png").exists()
+
+
+def test_edits_that_pick_are_of_two_objects_and_change_one():
+    tasks = [task for task in exam(60) if task.kind.startswith("pick ")]
+    assert Counter(task.kind for task in tasks) == {"pick recolour": 3, "pick remove": 3, "pick move": 3}
+    for task in tasks:
+        before, after = task.inputs[0], task.scene
+        assert len(before.objects) == 2 and len(set(before.objects) & set(after.objects)) == 1
+        assert task.is_edit and is_held_out(before) and is_held_out(after)
 
 
 def test_only_direct_drawings_count_in_the_last_line():

@@ -190,6 +190,25 @@ def test_edits_change_what_they_say(kind):
             assert any(last_words(phrase, language) in text for phrase in PLACE_PHRASES[language][where])
 
 
+@pytest.mark.parametrize(("stage", "least", "most"), [(TURNS, 0, 0.5), (EDITS, 0.75, 0.9)])
+def test_lessons_of_the_last_stage_mostly_pick_one_of_several_objects(stage, least, most):
+    """A recoloured, removed or moved object beside one that stays; 0.7 of the edits, and two fifths of the rest."""
+    made, lessons = make_lessons(random.Random(0), 2000, stage.curriculum)
+    edits = [lesson for lesson in lessons if lesson.inputs and lesson.scene is not None and not lesson.first]
+    edits = [(made[lesson.inputs[0]], made[lesson.scene]) for lesson in edits if len(lesson.inputs) == 1]
+    picks = [
+        (before, after)
+        for before, after in edits
+        if len(before.objects) > 1
+        and len(after.objects) <= len(before.objects)
+        and set(before.objects) - set(after.objects)
+    ]
+    assert len(edits) > 300
+    assert least <= len(picks) / len(edits) <= most
+    for before, after in picks:
+        assert len(set(before.objects) - set(after.objects)) == 1 and before.background == after.background
+
+
 def test_second_turns_change_what_the_first_asked_for():
     """Same language, and the same written in both; the first turn's prompt and trace are about the picture shown."""
     made, lessons = make_lessons(random.Random(0), 2000, TURNS.curriculum)
