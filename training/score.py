@@ -40,8 +40,8 @@ def score(candidate: Candidate, tasks: Sequence[Task], modes: Sequence[Mode], du
     """Has every task done, drawings once per mode.
 
     `dump`: a folder for what was drawn and written, made if missing: prompts.jsonl (with what was found in pictures),
-    the pictures, and a sheet for each kind and mode, where the input pictures stand before what was made of them. What an
-    earlier dump left there is replaced.
+    the pictures, and a sheet for each kind and mode, where the input pictures stand before what was made of them.
+    What an earlier dump left there is replaced.
     """
     work = [(task, mode) for task in tasks for mode in (modes if isinstance(task, DrawingTask) else modes[:1])]
     record = None if dump is None else _Dump(dump)
