@@ -178,9 +178,11 @@ TURNS = replace(
 
 
 EDITS = replace(
-    TURNS,
-    curriculum=replace(TURNS.curriculum, edits=0.5, several=0.7, second_turns=0.1, fusions=0.03, questions=0.08),
-    steps=2500,
+    POLISH,
+    curriculum=replace(POLISH.curriculum, edits=0.46, several=0.7, second_turns=0.1, fusions=0.04, questions=0.12),
+    steps=2200,
+    lessons=40960,
+    words=0.3,
 )
 
 
