@@ -223,7 +223,7 @@ def instruct_stage(
 
 
 DISTIL = DistilStageConfig(
-    curriculum=replace(TURNS.curriculum, several=0.6), steps=1300, lessons=20992, repeats=5, seed=2
+    curriculum=replace(TURNS.curriculum, several=0.6), steps=1200, lessons=20992, repeats=5, seed=2
 )
 
 
