@@ -1,24 +1,34 @@
 """Pictures -> what they show, by colours and masks alone: no network, so a model's drawings are judged from outside."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
 from .draw import pattern_mask, shape_mask
-from .scene import BACKGROUND_KINDS, COLOURS, SHAPES, Background, place
+from .scene import BACKGROUND_KINDS, BASIC_SHAPES, COLOURS, SHAPES, Background, place
 
 NAMES = tuple(COLOURS)
 
+_SQUARE = np.ones((3, 3))
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 _SAME = 18.0  # Lab distance within which a pixel is taken for the background's colour
 _PATTERN_PRICE = 0.02  # share of pixels by which a pattern must explain more than a plain colour does
 _CORE = 30  # pixels that a blob must keep when its rim is taken off
 _SIDE = 32  # of the masks that are compared
-_LIKENESS = 0.7  # intersection over union below which a blob is no known shape
+_LIKENESS = 0.7  # intersection over union below which a blob is no known shape: thin strokes are soon beside their own
+_FULL_LIKENESS = 0.8  # below which it is none of _FULL, which have no thin parts
+_FULL = ("circle", "square", "triangle", "heart")
+_MISFIT = 0.15  # of its longer side, by which a blob's sides may differ from the shape's own
+_LETTER_MISFIT = 0.2  # the same, of letters and digits: narrow and wide ones are read
+_STRAY = 0.005  # of the pixels: what is neither background nor object, in specks of at least 2 by 2, is not to be seen
+_EXPLAINED = 0.97  # of the pixels beside all objects, that a background must have where it has them
+_BORDER = 5  # pixels across, of which a pattern's pixel may have any mix: patterns are drawn by a pixel or two beside
+_SLACK = 0.1  # by which the mix of a pattern's two colours may be another
+_GRADIENT_SLACK = 0.25  # the same, of gradients
 _NAMED = 30.0  # Lab distance from a name's colour beyond which a colour has no name
 _RIM = 0.2  # below which it may be a mere rim: those have 0.03 to 0.14
 _RIM_DEPTH = 2.5  # pixels from its inside to its border up to which it is one
@@ -52,13 +62,16 @@ class Found:
     """What a picture shows; the objects from the largest to the smallest.
 
     A background of which a colour is far from all names has that of no name (""), which no background that is asked for
-    has.
+    has. So has one that is not where its pattern belongs, at more than a few pixels.
+
+    stray: whether there is something else that is neither background nor object: specks, or a line.
     """
 
     width: int
     height: int
     background: Background
     objects: tuple[FoundObject, ...]
+    stray: bool = False
 
 
 def detect(picture: Image.Image | np.ndarray) -> Found:
@@ -68,10 +81,16 @@ def detect(picture: Image.Image | np.ndarray) -> Found:
     lab = to_lab(rgb)
     label = _nearest_names(lab)
     backdrop = _Backdrop.find(rgb, lab, label)
-    blobs = _blobs(backdrop.differs(lab), label)
+    differs = backdrop.differs(lab)
+    blobs = _blobs(differs, label)
     objects = [_look_at(blob, blobs, rgb, backdrop.predicted) for blob in blobs]
+    beside = ~ndimage.binary_dilation(np.logical_or.reduce([*blobs, np.zeros_like(differs)]), _SQUARE, iterations=3)
+    stray = ndimage.binary_opening(differs & beside, np.ones((2, 2))).mean() > _STRAY
+    background = backdrop.named()
+    if beside.any() and backdrop.is_in_place(lab)[beside].mean() < _EXPLAINED:
+        background = replace(background, colour="")
     objects = sorted((item for item in objects if item is not None), key=lambda item: -item.size)
-    return Found(width, height, backdrop.named(), tuple(objects))
+    return Found(width, height, background, tuple(objects), bool(stray))
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
@@ -130,9 +149,22 @@ class _Backdrop:
 
         Between counts as background because blurred borders of a pattern lie there.
         """
-        steps = 1 if self.background.second is None else 9
-        mixes = to_lab(self.first + (self.second - self.first) * np.linspace(0, 1, steps, dtype=np.float32)[:, None])
-        return np.min([np.linalg.norm(lab - mix, axis=-1) for mix in mixes], axis=0) > _SAME
+        return np.min([distance for _, distance in self._distances(lab)], axis=0) > _SAME
+
+    def is_in_place(self, lab: np.ndarray) -> np.ndarray:
+        """Which pixels are what the background is there, or within a few pixels of there, bool [height, width]."""
+        height, width = lab.shape[:2]
+        amount = np.asarray(pattern_mask(self.background.kind, width, height)).astype(np.float32) / 255
+        slack = _GRADIENT_SLACK if self.background.kind == "gradient" else _SLACK
+        least = ndimage.minimum_filter(amount, _BORDER) - slack
+        most = ndimage.maximum_filter(amount, _BORDER) + slack
+        near = [(distance <= _SAME) & (least <= mix) & (mix <= most) for mix, distance in self._distances(lab)]
+        return np.logical_or.reduce(near)
+
+    def _distances(self, lab: np.ndarray) -> Iterator[tuple[float, np.ndarray]]:
+        """Mixes of the two colours, 0 the first and 1 the second, and how far each pixel is from them."""
+        for mix in (0.0,) if self.background.second is None else np.linspace(0, 1, 9, dtype=np.float32):
+            yield float(mix), np.linalg.norm(lab - to_lab(self.first + (self.second - self.first) * mix), axis=-1)
 
 
 def _common(rgb: np.ndarray, label: np.ndarray, where: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -164,7 +196,7 @@ def _blobs(foreground: np.ndarray, label: np.ndarray) -> list[np.ndarray]:
         pieces, count = ndimage.label(foreground & (label == name))
         if not count:
             continue
-        cores = ndimage.binary_erosion(pieces > 0, np.ones((3, 3)))
+        cores = ndimage.binary_erosion(pieces > 0, _SQUARE)
         sizes = np.bincount(pieces[cores], minlength=count + 1)
         blobs += [pieces == piece for piece in range(1, count + 1) if sizes[piece] >= _CORE]
     return blobs
@@ -172,26 +204,56 @@ def _blobs(foreground: np.ndarray, label: np.ndarray) -> list[np.ndarray]:
 
 def _look_at(blob: np.ndarray, blobs: list[np.ndarray], rgb: np.ndarray, backdrop: np.ndarray) -> FoundObject | None:
     """Colour, extent and shape of a blob; None for a mere rim, which blur leaves between two colours."""
-    core = ndimage.binary_erosion(blob, np.ones((3, 3)))
+    core = ndimage.binary_erosion(blob, _SQUARE)
     colour = np.median(rgb[core], axis=0)
     # How far each pixel near the blob is from the background towards its colour: a mask with soft edges.
     towards = colour - backdrop
     coverage = ((rgb - backdrop) * towards).sum(-1) / np.maximum((towards**2).sum(-1), 1.0)
-    near = ndimage.binary_dilation(blob, np.ones((3, 3)), iterations=2)
+    near = ndimage.binary_dilation(blob, _SQUARE, iterations=2)
     for other in blobs:
         if other is not blob:
-            near &= ~ndimage.binary_dilation(other, np.ones((3, 3)))
+            near &= ~ndimage.binary_dilation(other, _SQUARE)
     coverage = np.where(near, np.clip(coverage, 0, 1), 0).astype(np.float32)
     inside = np.argwhere(coverage > 0.5)
     if not len(inside):
         return None
     (top, left), (bottom, right) = inside.min(0), inside.max(0) + 1
-    x, y, size = float(left + right) / 2, float(top + bottom) / 2, float(max(right - left, bottom - top))
+    height, width = float(bottom - top), float(right - left)
+    x, y, size = float(left + right) / 2, float(top + bottom) / 2, max(height, width)
     shape, likeness = _shape(coverage, x, y, size)
     if likeness < _RIM and ndimage.distance_transform_edt(blob).max() <= _RIM_DEPTH:
         return None
     where = place(x, y, rgb.shape[1], rgb.shape[0])
-    return FoundObject(shape if likeness >= _LIKENESS else None, _name(colour) or None, x, y, size, where, likeness)
+    is_one = likeness >= (_FULL_LIKENESS if shape in _FULL else _LIKENESS) and _fits(shape, height, width)
+    if shape not in (*_FULL, "I"):  # a mere lump has much in common with an 8
+        is_one &= likeness >= _lumpiness(coverage[top:bottom, left:right])
+    return FoundObject(shape if is_one else None, _name(colour) or None, x, y, size, where, likeness)
+
+
+def _lumpiness(coverage: np.ndarray) -> float:
+    """Intersection over union of a blob, cut to its box, with the box and with the ellipse in it, the greater."""
+    height, width = coverage.shape
+    box = Image.new("L", (width, height), 255)
+    ellipse = Image.new("L", (width, height))
+    ImageDraw.Draw(ellipse).ellipse((0, 0, width - 1, height - 1), fill=255)
+    masks = [np.asarray(mask).astype(np.float32) / 255 for mask in (box, ellipse)]
+    return max(float(np.minimum(m, coverage).sum() / np.maximum(m, coverage).sum()) for m in masks)
+
+
+def _fits(shape: str, height: float, width: float) -> bool:
+    """Whether a blob's sides are as long, one to the other, as a shape's are: no rectangle is a square."""
+    down, across = _sides(shape)
+    size = max(height, width)
+    misfit = max(abs(height / size - down), abs(width / size - across))
+    return misfit <= (_MISFIT if shape in BASIC_SHAPES else _LETTER_MISFIT)
+
+
+@cache
+def _sides(shape: str) -> tuple[float, float]:
+    """Height and width of a shape, as shares of the longer."""
+    inside = np.argwhere(np.asarray(shape_mask(shape, 64)) > 127)
+    height, width = np.ptp(inside, axis=0) + 1
+    return height / max(height, width), width / max(height, width)
 
 
 def _shape(coverage: np.ndarray, x: float, y: float, size: float) -> tuple[str, float]:

@@ -3,15 +3,17 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
+from itertools import product
 
 import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from .detect import Found, FoundObject, to_lab
-from .scene import Scene
+from .scene import BACKGROUND_KINDS, COLOURS, Background, Scene
 from .wanted import Wanted, WantedObject
-from .words import Language, object_phrase, size_word
+from .words import FORMAT_PHRASES, Language, background_phrases, object_phrase, size_word
 
 _PRESERVED = 12.0  # Lab distance within which a pixel counts as left alone: a VAE's round trip moves it by a few
 _MARGIN = 3  # pixels around what changes that may change, too: soft edges
@@ -22,7 +24,7 @@ class Marks:
     """Shares from 0 to 1.
 
     Attributes:
-        count: 1 if there are as many objects as wanted.
+        count: 1 if there are as many objects as wanted, and nothing else.
         colour, shape, place, size: of the wanted objects, those that were found with it; one left open counts as right.
         objects: of the wanted objects, those right in colour, shape and place.
         background: 1 if kind and colours are right; None where they were left open.
@@ -47,7 +49,7 @@ def score_scene(found: Found, wanted: Wanted) -> Marks:
         gains = np.array([[sum(hits[:3]) + 0.1 * all(hits[:3]) for hits in row] for row in agree])
         pairs = [agree[row][column] for row, column in zip(*linear_sum_assignment(-gains), strict=True)]
     total = len(wanted.objects)
-    count = len(found.objects) == total
+    count = len(found.objects) == total and not found.stray
     colour, shape, place, size = (sum(hits[i] for hits in pairs) / total for i in range(4))
     right = sum(all(hits[:3]) for hits in pairs)
     background = None if wanted.background is None else float(found.background == wanted.background)
@@ -78,16 +80,19 @@ def preservation(before: np.ndarray, wanted: np.ndarray, after: np.ndarray) -> f
     return 1.0 if changed.all() else float((distance[~changed] < _PRESERVED).mean())
 
 
-def rewrite_right(text: str, scene: Scene, language: Language) -> bool:
-    """Whether a rewrite names a scene's objects, size, colour, shape and place of each, and no others.
+def rewrite_right(text: str, scene: Scene, language: Language, background: Background | None = None) -> bool:
+    """Whether a rewrite names a scene's objects, size, colour, shape and place of each, no others, and a background.
 
-    The background may differ.
+    background: the one that it must name; None for any. It may begin with any format; the ratio is marked apart.
     """
     colon, comma, stop = (": ", ", ", ".") if language == "en" else ("：", "，", "。")
-    phrases = text.rpartition(colon)[2].removesuffix(stop).split(comma)
-    named = [phrase[:1].lower() + phrase[1:] for phrase in phrases[:-1]]  # the last is the background
+    opening, _, body = text.rpartition(colon)
+    if opening and opening.lower() not in FORMAT_PHRASES[language].values():
+        return False
+    *named, behind = (phrase[:1].lower() + phrase[1:] for phrase in body.removesuffix(stop).split(comma))
     pairs = zip(scene.objects, scene.places, strict=True)
-    return sorted(named) == sorted(object_phrase(item, where, language) for item, where in pairs)
+    right = _any_background(language) if background is None else background_phrases(background, language)
+    return behind in right and sorted(named) == sorted(object_phrase(item, where, language) for item, where in pairs)
 
 
 def answer_right(answer: str, expected: str) -> bool:
@@ -103,6 +108,13 @@ def _agreement(item: FoundObject, wish: WantedObject) -> tuple[bool, bool, bool,
         wish.place in (None, item.place),
         wish.size in (None, size_word(item.size, "en")),
     )
+
+
+@cache
+def _any_background(language: Language) -> frozenset[str]:
+    """The names of all backgrounds that there are."""
+    kinds = product(BACKGROUND_KINDS, COLOURS, COLOURS)
+    return frozenset(phrase for kind in kinds for phrase in background_phrases(Background(*kind), language))
 
 
 def _plain(text: str) -> str:

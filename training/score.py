@@ -74,7 +74,7 @@ def judge(task: DrawingTask, mode: Mode, drawing: Drawing, rows: ResolutionTable
     if not task.inputs and task.is_decided:
         ratio = drawing.ratio == rows.nearest(task.scene.height, task.scene.width)
     if mode != "direct" and task.is_decided:
-        text = rewrite_right(recaption_body(drawing.trace), task.scene, task.language)
+        text = rewrite_right(recaption_body(drawing.trace), task.scene, task.language, task.wanted.background)
     return Result(task.kind, mode, score_scene(detect(drawing.picture), task.wanted), preserved, text, ratio)
 
 

@@ -5,7 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from training.detect import detect
 from training.draw import draw, draw_array
@@ -159,6 +159,69 @@ def test_a_shapeless_blob_is_no_shape():
     assert [item.shape for item in detect(picture).objects] == [None]
 
 
+def on_white(*drawn) -> Image.Image:
+    """(method of ImageDraw, box, colour, further arguments) each."""
+    picture = Image.new("RGB", (128, 128), COLOURS["white"])
+    for method, box, colour, *others in drawn:
+        getattr(ImageDraw.Draw(picture), method)(box, *others, fill=COLOURS[colour])
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("method", "box", "others"),
+    [
+        ("rectangle", (38, 44, 89, 83), ()),
+        ("rectangle", (44, 38, 83, 89), ()),
+        ("rectangle", (48, 38, 79, 89), ()),
+        ("rectangle", (30, 38, 97, 89), ()),
+        ("ellipse", (38, 44, 89, 83), ()),
+        ("ellipse", (44, 38, 83, 89), ()),
+        ("pieslice", (38, 38, 89, 89), (45, 315)),
+    ],
+)
+def test_a_lump_is_none(method, box, others):
+    """Rectangles, ellipses, three quarters of a circle: no circle, no square, and no digit without its holes."""
+    assert [item.shape for item in detect(on_white((method, box, "red", *others))).objects] == [None]
+
+
+def test_a_star_without_legs_is_none():
+    star = draw(Scene(128, 128, WHITE, (Object("star", "green", 64, 64, 52),)))
+    star.paste(COLOURS["white"], (0, 70, 128, 128))
+    assert [item.shape for item in detect(star).objects] == [None]
+
+
+@pytest.mark.parametrize(
+    "specks",
+    [
+        [("rectangle", (0, 100, 127, 101), "blue")],
+        [("rectangle", (20, 90, 26, 96), "blue"), ("rectangle", (80, 90, 86, 96), "green")],
+    ],
+)
+def test_lines_and_specks_are_superfluous(specks):
+    circle = ("ellipse", (38, 10, 89, 61), "red")
+    wanted = Wanted.whole(Scene(128, 128, WHITE, (Object("circle", "red", 64, 36, 52),)))
+    assert score_scene(detect(on_white(circle)), wanted).all == 1
+    marks = score_scene(detect(on_white(circle, *specks)), wanted)
+    assert (marks.count, marks.objects, marks.all) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "background",
+    [
+        Background("checked", "yellow", "blue"),
+        Background("striped", "yellow", "blue"),
+        Background("gradient", "yellow", "blue"),
+    ],
+)
+def test_a_patch_of_a_patterns_own_colour_is_a_wrong_background(background):
+    """It is no object of another colour, but not where the pattern has it: what a bad removal leaves."""
+    scene = Scene(128, 128, background, (CIRCLE,))
+    picture = draw(scene)
+    assert detect(picture).background == background
+    picture.paste(COLOURS["blue"], (68, 20, 116, 62))
+    assert score_scene(detect(picture), Wanted.whole(scene)).background == 0
+
+
 def test_preservation_counts_what_changed_elsewhere():
     before, wanted = draw_array(BOTH), draw_array(BOTH.with_object(0, colour="green"))
     assert preservation(before, wanted, wanted) == 1
@@ -178,12 +241,18 @@ def test_a_rewrite_is_right_when_it_names_the_objects_and_no_others(language):
     assert rewrite_right(text, BOTH, language)
     pink = Scene(128, 128, Background("striped", "white", "pink"), BOTH.objects)
     assert rewrite_right(description(pink, language), BOTH, language)
+    assert rewrite_right(description(pink, language), BOTH, language, pink.background)
+    assert not rewrite_right(description(pink, language), BOTH, language, WHITE)
     tall = replace(BOTH, width=96, height=160, objects=(replace(CIRCLE, x=48, y=40),))
     assert rewrite_right(description(tall, language), tall, language)
     for change in ({"colour": "green"}, {"shape": "ring"}, {"x": 64}, {"size": 68}):
         assert not rewrite_right(description(BOTH.with_object(1, **change), language), BOTH, language)
     assert not rewrite_right(text, Scene(128, 128, WHITE, (CIRCLE,)), language)
     assert not rewrite_right("", BOTH, language)
+    comma, stop = (", ", ".") if language == "en" else ("，", "。")
+    assert not rewrite_right(text.rpartition(comma)[0] + stop, BOTH, language)  # no background
+    colon = ": " if language == "en" else "："
+    assert not rewrite_right(f"{text.split(comma)[0]}{colon}{text}", BOTH, language)  # an object before the colon
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
