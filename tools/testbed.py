@@ -45,7 +45,7 @@ COMFYUI_LEFT_OUT = {"extra_model_paths.yaml"}
 
 STAMP = ".testbed-stamp"
 RUN_MODULES = ("torch", "transformers", "accelerate", "safetensors", "aiohttp")
-TEST_MODULES = (*RUN_MODULES, "pytest", "ruff")
+TEST_MODULES = (*RUN_MODULES, "pytest", "ruff", "scipy", "tqdm")
 
 
 class TestbedError(Exception):

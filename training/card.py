@@ -108,7 +108,7 @@ def _parts(folder: Path) -> str:
 def _log(path: Path) -> str:
     """A log as a table, thinned out evenly, its last line kept."""
     with path.open(newline="", encoding="utf-8") as file:
-        header, *lines = csv.reader(file)
+        header, *lines = [*csv.reader(file)] or [[]]
     if "seconds" not in header:
         raise RequestError(f"{path} is no log of training.run: its first line names no column 'seconds'.")
     if not lines:

@@ -107,7 +107,8 @@ def quality(
                 pictures.append(np.asarray(drawing.picture))
                 rows.append(judge(task, "direct", drawing, candidate.rows))
         right = {kind: mean(row.success for row in rows if row.kind.startswith(kind)) for kind in _KINDS}
-        background = mean(row.marks.background for row in rows if row.marks is not None)  # where the prompt names it
+        said = [row for row in rows if row.marks and (row.preserved is None or row.kind == "edit background")]
+        background = mean(row.marks.background for row in said)  # None where the prompt does not name it
         yield setting, Drawn(tuple(pictures), right, background)
 
 
@@ -155,8 +156,8 @@ Written by
     {command}
 
 "One object" and "two objects": share of pictures in which every object has the colour, shape and place that was
-asked for; "edits": those that show what the edit should leave; "background": of the pictures whose prompt names one,
-the share that has it. PSNR and SSIM compare with the reference's picture of the same seed: a setting can cost likeness
+asked for; "edits": those that show what the edit should leave; "background": of the pictures whose words name one, the
+share that has it. PSNR and SSIM compare with the reference's picture of the same seed: a setting can cost likeness
 (it is another picture) without costing score (it is as right). Of {prompts} of a kind one counts {1 / prompts:.2f}:
 scores that differ by less than about 0.15 do not differ; likeness tells the order. Formats and step caches compute in
 float32, so that nothing else differs; what bfloat16 arithmetic costs is its own line. The distilled model is another
@@ -184,12 +185,16 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> i
         steps = Hunyuan3.open(args.folder).folder.generation.steps
         command = " ".join(["python -m training.quality", *(sys.argv[1:] if argv is None else argv)])
         done: list[tuple[Setting, Drawn]] = []
+        partial = None  # until all is done, for those who want to look
         if args.out is not None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
+            partial = args.out.with_name(f"{args.out.name}.part")
         for line in quality(args.folder, tasks, settings(steps, args.distil), args.seed):
             done.append(line)
-            if args.out is not None:
-                args.out.write_text(page(args.folder, done, args.prompts, args.exam, command), encoding="utf-8")
+            if partial is not None:
+                partial.write_text(page(args.folder, done, args.prompts, args.exam, command), encoding="utf-8")
+        if partial is not None:
+            partial.replace(args.out)
     except (Hunyuan3Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

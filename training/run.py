@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     args = parser.parse_args()
     if args.steps < 0:
-        parser.error("--steps must be at least 1")
+        parser.error("--steps must not be negative")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -29,7 +29,7 @@ from .ceiling import Gate, flat_round_trip, gate
 from .detect import detect
 from .draw import draw, draw_array
 from .exam import DrawingTask, QuestionTask, Task, exam
-from .finished import start_of
+from .finished import vae_of
 from .marks import answer_right, preservation, rewrite_right, score_scene
 from .results import Result, Results
 
@@ -86,8 +86,8 @@ class _Dump:
         self.folder = folder
         self.prompts = folder / "prompts.jsonl"
         if self.prompts.exists():  # a dump of before
-            for picture in folder.glob("*.png"):
-                picture.unlink()
+            for old in (*folder.glob("*.png"), *folder.glob("table.md")):
+                old.unlink()
         self.prompts.write_text("", encoding="utf-8")
         self.strips: dict[str, list[Image.Image]] = {}
 
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--prompts must be at least 1")
     try:
         if args.vae and args.model.is_file():
-            return _say(gate(flat_round_trip(start_of(args.model)["optimiser"]["average"]), args.prompts))
+            return _say(gate(flat_round_trip(vae_of(args.model)), args.prompts))
         model = Hunyuan3.open(args.model, device=args.device, format=args.format)
         taylor = TaylorOptions(interval=args.taylor) if args.taylor else None
         sampling = {"steps": args.steps, "guidance": args.guidance, "shift": args.shift, "taylor": taylor}

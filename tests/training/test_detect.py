@@ -1,19 +1,19 @@
 """The scorer's eye: drawings are read back, and nothing wrong is taken for right."""
 
 from dataclasses import replace
-from itertools import islice
+from itertools import combinations, islice
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from training.detect import detect
+from training.detect import detect, to_lab
 from training.draw import draw, draw_array
 from training.marks import answer_right, preservation, rewrite_right, score_scene
 from training.scene import BACKGROUND_KINDS, COLOURS, SHAPES, Background, Object, Scene
 from training.wanted import Wanted
 from training.words import description
-from training.world import fits, scenes, stands_out
+from training.world import fits, lab_distance, scenes, stands_out
 
 WHITE = Background("plain", "white")
 CIRCLE = Object("circle", "red", 30, 32, 44)
@@ -269,6 +269,12 @@ def test_answers_are_compared_by_their_words():
     assert answer_right("两个", "两个。")
     assert not answer_right("Two or three.", "Two.")
     assert not answer_right("", "Two.")
+
+
+def test_the_worlds_colours_are_as_far_apart_as_the_scorer_sees_them():
+    for one, other in combinations(COLOURS.values(), 2):
+        seen = np.linalg.norm(np.subtract(*to_lab(np.array([one, other], np.float32))))
+        assert lab_distance(one, other) == pytest.approx(seen, abs=0.01)
 
 
 def test_what_is_drawn_fits():

@@ -40,6 +40,7 @@ def test_a_page_with_a_line_for_each_setting(tmp_path, monkeypatch):
     assert cells[2][6:] == ["-", "-", "-"]
     assert cells[3][6:] == ["inf dB", "1.000", "6 of 6"]  # of each kind but the answers two
     assert cells[4][8] == "0 of 6"
+    assert not out.with_name("quality.md.part").exists()
     assert f"python -m training.quality {folder} --prompts 2" in out.read_text(encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ from training.draw import draw
 from training.exam import DrawingTask, QuestionTask, exam
 from training.run import train
 from training.score import main, score
+from training.state import load_state, save_state
 from training.vae import VAEStage, VAEStageConfig
 from training.words import description
 from training.world import is_held_out
@@ -53,7 +54,9 @@ def test_a_perfect_candidate_gets_full_marks(tmp_path):
     assert (tmp_path / "sheet-edit-move-think.png").exists()
     found = next(line["found"] for line in lines if line["kind"] == "one")
     assert len(found["objects"]) == 1 and found["objects"][0]["shape"] and found["background"]["colour"]
+    (tmp_path / "table.md").write_text("of before")
     score(perfect(), exam(20)[:1], ["direct"], tmp_path)  # again: nothing of before is left
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".jsonl"}
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
@@ -120,7 +123,13 @@ def test_the_gate_is_told_of_a_vae_before_there_is_a_folder(tmp_path, capsys):
     stage = VAEStage(replace(VAEStageConfig(), steps=0), torch.float32)
     train(stage, tmp_path / "vae.pt", minutes=0)
     assert main([str(tmp_path / "vae.pt"), "--vae", "--prompts", "4"]) == 1
+    save_state(tmp_path / "other.pt", {**load_state(tmp_path / "vae.pt"), "name": "polish"})
     line = capsys.readouterr().out.strip()
+    assert main([str(tmp_path / "other.pt"), "--vae", "--prompts", "4"]) == 1
+    assert "other.pt is a state of the stage 'polish', not of 'vae'" in capsys.readouterr().err
+    save_state(tmp_path / "tensors.pt", {"weight": torch.zeros(1)})
+    assert main([str(tmp_path / "tensors.pt"), "--vae", "--prompts", "4"]) == 1
+    assert "tensors.pt is no state file" in capsys.readouterr().err
     assert line.startswith("ceiling: one-object 0.") and line.endswith("misses the gate")
 
 
