@@ -222,9 +222,7 @@ def instruct_stage(
     return stage
 
 
-DISTIL = DistilStageConfig(
-    curriculum=replace(TURNS.curriculum, several=0.6), steps=1200, lessons=20992, repeats=5, seed=2
-)
+DISTIL = DistilStageConfig(curriculum=replace(TURNS.curriculum, several=0.6), lessons=20992, repeats=5, seed=2)
 
 
 def distil_stage(config: DistilStageConfig, start: Path | None, crew: Crew | None = None) -> DistilStage:
