@@ -60,12 +60,12 @@ SHOWS = {
     "latent_to_latent": Show(("a blue star in the middle on a yellow background",)),
     "think_and_draw": Show(("a star",)),
     "think_and_draw_distil": Show(("a star",)),
-    "edit_picture": Show(("Turn the circle blue.",), (_CIRCLE,)),
-    "edit_picture_distil": Show(("Turn the circle blue.",), (_CIRCLE,)),
+    "edit_picture": Show(("Turn the red circle blue.",), (_CIRCLE,)),
+    "edit_picture_distil": Show(("Turn the red circle blue.",), (_CIRCLE,)),
     "fuse_three": Show((_FUSION,), _FUSED, thinks=False),
     "fuse_three_distil": Show((_FUSION,), _FUSED, thinks=False),
     "ask_picture": Show(("What does it show?",), (_CIRCLE,)),
-    "multi_turn_edit": Show(("a red circle on a yellow background", "Turn the circle blue."), thinks=False),
+    "multi_turn_edit": Show(("a red circle on a yellow background", "Turn the red circle blue."), thinks=False),
 }
 _TEXTS = {"PrimitiveStringMultiline": "value", "Hunyuan3Conditioning": "prompt", "Hunyuan3Ask": "prompt"}
 _WRITERS = ("Hunyuan3Think", "Hunyuan3Ask")

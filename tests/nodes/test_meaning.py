@@ -183,7 +183,7 @@ def edited(server: ComfyServer, picture: Scene, text: str, *, task: str, seed: i
 CIRCLE = at("middle", "circle", "red")
 ONE = scene("yellow", CIRCLE)
 EDITED = (  # (what is asked, what becomes of ONE)
-    ("Turn the circle blue.", scene("yellow", replace(CIRCLE, colour="blue"))),
+    ("Turn the red circle blue.", scene("yellow", replace(CIRCLE, colour="blue"))),
     ("Make the circle green.", scene("yellow", replace(CIRCLE, colour="green"))),
     ("Change the background to a plain white background.", scene("white", CIRCLE)),
 )
@@ -269,10 +269,10 @@ def test_an_edit_of_one_of_two_objects_leaves_the_other_alone(server: ComfyServe
 
 
 TURNS = (  # (what is asked first, what then, what becomes of it)
-    ("a red circle in the middle on a yellow background", "Turn the circle blue.", EDITED[0][1]),
+    ("a red circle in the middle on a yellow background", "Turn the red circle blue.", EDITED[0][1]),
     (
         "a green star in the middle on a white background",
-        "Make the star red.",
+        "Make the green star red.",
         scene("white", at("middle", "star", "red")),
     ),
     (
