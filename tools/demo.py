@@ -103,8 +103,8 @@ def _print_what_next(server: ComfyServer, *, keep_open: bool) -> None:
     print(
         f"The workflows are there under Templates > {PACKAGE}. Their prompts are meant for the real weights; ask the\n"
         "tiny ones for circles, squares, triangles, stars, rings, hearts, letters and digits in plain colors (their\n"
-        "words: checkpoints/hunyuan3-tiny-instruct/README.md), and in edits name what changes by color and shape: turn the red\n"
-        "circle blue.\n\n"
+        "words: checkpoints/hunyuan3-tiny-instruct/README.md), and in edits name what changes by color and\n"
+        "shape: turn the red circle blue.\n\n"
         "The real weights, in your own ComfyUI:\n"
         f"  1. put this package into custom_nodes/{PACKAGE} and run, with the Python that runs your ComfyUI,\n"
         f"     python -m pip install -r custom_nodes/{PACKAGE}/requirements.txt\n"

@@ -47,7 +47,7 @@ def at(where: str, shape: str, colour: str, size: int = 52) -> Object:
 
 _CIRCLE = scene("yellow", at("middle", "circle", "red"))
 _FUSED = (
-    scene("pink", at("middle", "star", "purple", 68)),
+    scene("pink", at("middle", "heart", "purple", 68)),
     scene("yellow", at("middle", "square", "red")),
     scene("blue", at("middle", "ring", "black")),
 )
