@@ -7,6 +7,7 @@ Prints the table of its model card and ends with one line: `score: one-object 0.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -86,8 +87,9 @@ class _Dump:
         self.folder = folder
         self.prompts = folder / "prompts.jsonl"
         if self.prompts.exists():  # a dump of before
-            for old in (*folder.glob("*.png"), *folder.glob("table.md")):
-                old.unlink()
+            names = re.findall(r'^\{"file": "([\w-]+\.png)"', self.prompts.read_text(encoding="utf-8"), re.MULTILINE)
+            for old in (*(folder / name for name in names), *folder.glob("sheet-*.png"), folder / "table.md"):
+                old.unlink(missing_ok=True)
         self.prompts.write_text("", encoding="utf-8")
         self.strips: dict[str, list[Image.Image]] = {}
 

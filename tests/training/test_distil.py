@@ -106,7 +106,7 @@ def test_mean_velocity_leads_where_the_flow_leads() -> None:
 
 
 def test_a_distilled_model_is_no_beginning(stage: DistilStage, tmp_path: Path) -> None:
-    save_state(tmp_path / "distil.pt", {"stage": stage.state()})
+    save_state(tmp_path / "distil.pt", {"name": "distil", "stage": stage.state()})
     for start in (tmp_path / "distil.pt", stage.export(tmp_path / "folder")):
         with pytest.raises(SystemExit, match="distilled"):
             distil_stage(DistilStageConfig(), start)

@@ -55,9 +55,10 @@ def test_a_perfect_candidate_gets_full_marks(tmp_path):
     found = next(line["found"] for line in lines if line["kind"] == "one")
     assert len(found["objects"]) == 1 and found["objects"][0]["shape"] and found["background"]["colour"]
     (tmp_path / "table.md").write_text("of before")
+    draw(exam(20)[0].scene).save(tmp_path / "mine.png")
     score(perfect(), exam(20)[:1], ["direct"], tmp_path)  # again: nothing of before is left
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".jsonl"}
-    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert {path.name for path in tmp_path.glob("*.png")} == {"mine.png", "one-direct-000.png", "sheet-one-direct.png"}
 
 
 def test_a_deaf_candidate_gets_none():
