@@ -13,7 +13,7 @@ from .scene import BACKGROUND_KINDS, BASIC_SHAPES, COLOURS, SHAPES, Background, 
 
 NAMES = tuple(COLOURS)
 
-_SQUARE = np.ones((3, 3))
+_NEIGHBOURS = np.ones((3, 3))
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 _SAME = 18.0  # Lab distance within which a pixel is taken for the background's colour
 _PATTERN_PRICE = 0.02  # share of pixels by which a pattern must explain more than a plain colour does
@@ -84,7 +84,7 @@ def detect(picture: Image.Image | np.ndarray) -> Found:
     differs = backdrop.differs(lab)
     blobs = _blobs(differs, label)
     objects = [_look_at(blob, blobs, rgb, backdrop.predicted) for blob in blobs]
-    beside = ~ndimage.binary_dilation(np.logical_or.reduce([*blobs, np.zeros_like(differs)]), _SQUARE, iterations=3)
+    beside = ~ndimage.binary_dilation(np.logical_or.reduce([*blobs, np.zeros_like(differs)]), _NEIGHBOURS, iterations=3)
     stray = ndimage.binary_opening(differs & beside, np.ones((2, 2))).mean() > _STRAY
     background = backdrop.named()
     if beside.any() and backdrop.is_in_place(lab)[beside].mean() < _EXPLAINED:
@@ -196,7 +196,7 @@ def _blobs(foreground: np.ndarray, label: np.ndarray) -> list[np.ndarray]:
         pieces, count = ndimage.label(foreground & (label == name))
         if not count:
             continue
-        cores = ndimage.binary_erosion(pieces > 0, _SQUARE)
+        cores = ndimage.binary_erosion(pieces > 0, _NEIGHBOURS)
         sizes = np.bincount(pieces[cores], minlength=count + 1)
         blobs += [pieces == piece for piece in range(1, count + 1) if sizes[piece] >= _CORE]
     return blobs
@@ -204,15 +204,15 @@ def _blobs(foreground: np.ndarray, label: np.ndarray) -> list[np.ndarray]:
 
 def _look_at(blob: np.ndarray, blobs: list[np.ndarray], rgb: np.ndarray, backdrop: np.ndarray) -> FoundObject | None:
     """Colour, extent and shape of a blob; None for a mere rim, which blur leaves between two colours."""
-    core = ndimage.binary_erosion(blob, _SQUARE)
+    core = ndimage.binary_erosion(blob, _NEIGHBOURS)
     colour = np.median(rgb[core], axis=0)
     # How far each pixel near the blob is from the background towards its colour: a mask with soft edges.
     towards = colour - backdrop
     coverage = ((rgb - backdrop) * towards).sum(-1) / np.maximum((towards**2).sum(-1), 1.0)
-    near = ndimage.binary_dilation(blob, _SQUARE, iterations=2)
+    near = ndimage.binary_dilation(blob, _NEIGHBOURS, iterations=2)
     for other in blobs:
         if other is not blob:
-            near &= ~ndimage.binary_dilation(other, _SQUARE)
+            near &= ~ndimage.binary_dilation(other, _NEIGHBOURS)
     coverage = np.where(near, np.clip(coverage, 0, 1), 0).astype(np.float32)
     inside = np.argwhere(coverage > 0.5)
     if not len(inside):

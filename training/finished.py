@@ -19,7 +19,7 @@ def start_of(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         return state_of_folder(path)
-    saved = _saved(path)
+    saved = load_state(path)
     done, length = saved["stage"]["done"], saved.get("steps", 0)
     if done < length:
         raise RequestError(f"{path} is at step {done} of {length}: finish that stage first.")
@@ -28,17 +28,10 @@ def start_of(path: Path) -> dict[str, Any]:
 
 def vae_of(path: Path) -> dict[str, torch.Tensor]:
     """The averaged weights that the VAE's stage ended with, those of a `FlatVAE`. Raises as `start_of` does."""
-    name = _saved(path)["name"]
+    name = load_state(path)["name"]
     if name != "vae":
         raise RequestError(f"{path} is a state of the stage {name!r}, not of 'vae'; name that one, or a folder.")
     return start_of(path)["optimiser"]["average"]
-
-
-def _saved(path: Path) -> dict[str, Any]:
-    saved = load_state(path)
-    if not isinstance(saved, dict) or not {"name", "stage"} <= saved.keys():
-        raise RequestError(f"{path} is no state file of training.run.")
-    return saved
 
 
 def state_of_folder(folder: Path) -> dict[str, Any]:

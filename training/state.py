@@ -22,9 +22,12 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 def load_state(path: Path) -> dict[str, Any]:
     """Reads what `save_state` wrote; no code in it is executed. Raises RequestError for any other file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError):  # whatever torch advises, code is not the way to read it
         raise RequestError(f"{path} is no state file of training.run.") from None
+    if not isinstance(state, dict) or not {"name", "stage"} <= state.keys():
+        raise RequestError(f"{path} is no state file of training.run.")
+    return state
 
 
 def compact(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_resuming_changes_no_bit(small_distil: Callable[..., DistilStage], tmp_p
     first = small_distil(torch.bfloat16, curriculum=curriculum, lessons=60, repeats=1)
     records = [first.step() for _ in range(14)]
     assert {"flow", "flow_shown", "answer", "words"} <= {key for record in records for key in record}
-    save_state(tmp_path / "state.pt", {"stage": first.state()})
+    save_state(tmp_path / "state.pt", {"name": first.name, "stage": first.state()})
     second = small_distil(torch.bfloat16, curriculum=curriculum, lessons=60, repeats=1)
     second.restore(load_state(tmp_path / "state.pt")["stage"])
     for _ in range(3):

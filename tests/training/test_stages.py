@@ -58,7 +58,7 @@ def test_resuming_changes_no_bit(kind: str, small_stage: Callable[..., Transform
     first = make()
     for _ in range(3):
         first.step()
-    save_state(tmp_path / "state.pt", {"stage": first.state()})
+    save_state(tmp_path / "state.pt", {"name": first.name, "stage": first.state()})
     second = make()
     second.restore(load_state(tmp_path / "state.pt")["stage"])
     for _ in range(4):
@@ -136,8 +136,8 @@ def test_a_log_forgets_the_steps_that_a_killed_run_does_again(tmp_path: Path) ->
 def test_compact_state_goes_on(small_stage: Callable[..., TransformerStage], tmp_path: Path) -> None:
     stage = small_stage()
     stage.step()
-    save_state(tmp_path / "full.pt", {"stage": stage.state()})
-    save_state(tmp_path / "compact.pt", {"stage": compact(stage.state())})
+    save_state(tmp_path / "full.pt", {"name": "transformer", "stage": stage.state()})
+    save_state(tmp_path / "compact.pt", {"name": "transformer", "stage": compact(stage.state())})
     full, small = ((tmp_path / name).stat().st_size for name in ("full.pt", "compact.pt"))
     assert small < 0.5 * full
     other = small_stage()
